@@ -1,0 +1,34 @@
+# make ladder: the six rungs on the bundled model, from nothing. make test: the tests, likewise.
+PYTHON ?= python3
+MODEL ?= tiny
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: ladder test lint ui bench clean
+
+ladder: .venv/ready
+	$(BIN)/mlflow run . -e ladder --env-manager local --experiment-name diffusion_fast -P model=$(MODEL) $(ARGS)
+
+test: .venv/ready
+	$(BIN)/pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+ui: .venv/ready
+	$(BIN)/diffusion-fast ui
+
+bench: .venv/ready
+	$(BIN)/python scripts/bench_harness.py
+
+# A lock installed halfway leaves no stamp, and is taken up again.
+.venv/ready: requirements.lock pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

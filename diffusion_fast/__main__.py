@@ -1,0 +1,3 @@
+from diffusion_fast.cli import main
+
+main()

@@ -1,0 +1,382 @@
+"""Click commands. What they do is elsewhere; exit codes are decided here.
+
+0: done. 1: a rung failed, or something could not be reached; what was measured is kept. 2: the input is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from diffusion_fast import ladder as climbing
+from diffusion_fast import plan, spool
+from diffusion_fast.models import MODELS, WeightsUnreachableError, check_weights
+from diffusion_fast.optimizations import OPTIMIZATIONS
+from diffusion_fast.recipes import LADDERS
+from diffusion_fast.spec import REFERENCE, Failure, Outcome, Recipe, Result, RunSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from diffusion_fast.tracking import Recorded
+
+
+class Auto(click.ParamType[Any]):
+    """A number, or "auto" for what the model suggests: MLproject parameters can't be left out."""
+
+    name = "auto|number"
+
+    def __init__(self, number: click.ParamType[Any]) -> None:
+        self.number = number
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return None if value in ("auto", None) else self.number.convert(value, param, ctx)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(code)
+
+
+@contextmanager
+def wrong_input_exits_2() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        fail(str(error), 2)
+
+
+def options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
+    """Several decorators as one, applied so that the help lists them in order."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return decorate
+
+
+measuring = options(
+    click.option("--model", default="tiny", show_default=True, help="See `diffusion-fast list`."),
+    click.option("--weights", default="auto", help="embedded, pretrained (from the hub), random, or a folder."),
+    click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True),
+    click.option("--compile-mode", default="auto", help="auto: max-autotune on a GPU, default on a CPU."),
+    click.option("--prompt", default=plan.PROMPT, show_default=True),
+    click.option("--steps", type=Auto(click.INT), default="auto", help="Denoising steps."),
+    click.option("--batch-size", type=int, default=1, show_default=True, help="Images a call."),
+    click.option("--height", type=Auto(click.INT), default="auto", help="Pixels."),
+    click.option("--width", type=Auto(click.INT), default="auto", help="Pixels."),
+    click.option("--guidance", type=Auto(click.FLOAT), default="auto", help="Guidance scale."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Of the latents' noise."),
+    click.option("--tag", default="", help="A word of your own on every run."),
+    click.option("--timeout", type=float, default=3600, show_default=True, help="Seconds a rung may take."),
+    click.option(
+        "--spool",
+        "root",
+        type=click.Path(file_okay=False, path_type=Path),
+        default="spool",
+        show_default=True,
+        envvar="DIFFUSION_FAST_SPOOL",
+        help="Where results are kept.",
+    ),
+    click.option(
+        "--cache-dir",
+        type=click.Path(file_okay=False, path_type=Path),
+        help="One compile cache for all rungs, instead of one each.",
+    ),
+    click.option(
+        "--resume",
+        type=bool,
+        is_flag=False,
+        flag_value=True,
+        default=False,
+        help="Go on with the newest such ladder: only what is missing.",
+    ),
+    click.option("--no-track", is_flag=True, help="Measure into the spool alone; `sync` records it later."),
+)
+tracked = options(
+    click.option("--experiment", envvar="MLFLOW_EXPERIMENT_NAME", help="MLflow experiment [default: diffusion_fast]"),
+    click.option("--tracking-uri", help="[default: MLFLOW_TRACKING_URI, or mlflow.db in this folder]"),
+)
+
+
+@click.group(context_settings={"max_content_width": 110, "help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="diffusion-fast")
+def main() -> None:
+    """Which inference optimizations pay on your GPU, for your text-to-image model, by how much, and at what cost."""
+
+
+@main.command("list")
+@click.option("--json", "as_json", is_flag=True, help="For programs.")
+def list_(as_json: bool) -> None:
+    """Models, optimizations and ladders."""
+    models = {model.name: model.to_dict() for model in MODELS.values()}
+    names = {
+        each.name: {
+            "summary": each.summary,
+            "stage": each.stage,
+            "requires": [list(group) for group in each.requires],
+            "excludes": list(each.excludes),
+            "devices": list(each.devices),
+            "lossless": each.lossless,
+        }
+        for each in OPTIMIZATIONS.values()
+    }
+    ladders = {name: [recipe.to_dict() for recipe in recipes] for name, recipes in LADDERS.items()}
+    if as_json:
+        click.echo(json.dumps({"models": models, "optimizations": names, "ladders": ladders}, indent=1))
+        return
+    click.echo("Models")
+    for model in MODELS.values():
+        click.echo(f"  {model.name:16} {model.summary}, {model.height}×{model.width}, {model.steps} steps")
+    click.echo("\nOptimizations")
+    for each in OPTIMIZATIONS.values():
+        click.echo(f"  {each.name:16} {each.summary}")
+    click.echo("\nLadders")
+    for name, recipes in LADDERS.items():
+        click.echo(f"  {name}")
+        before: set[str] = set()
+        for index, recipe in enumerate(recipes):
+            added = [each for each in recipe.optimizations if each not in before]
+            click.echo(f"    {index:02}-{recipe.name:14} {'+ ' + ', '.join(added) if added else 'nothing'}")
+            before |= set(recipe.optimizations)
+
+
+@main.command()
+@click.option("--ladder", "name", default="progressive", show_default=True, help="See `diffusion-fast list`.")
+@click.option("--only", multiple=True, metavar="RUNG", help="Measure this rung alone; may be given again.")
+@measuring
+@tracked
+def ladder(name: str, only: tuple[str, ...], **chosen: Any) -> None:
+    """Measure a ladder of recipes, a fresh process each, and record every rung as an MLflow run."""
+    with wrong_input_exits_2():
+        recipes = plan.find_ladder(name)
+    _measure(name, recipes, only=tuple(each for each in only if each), **chosen)
+
+
+@main.command()
+@click.option("--with", "names", default="", metavar="NAME,NAME", help="Optimizations; their order has no meaning.")
+@click.option("--recipe", "recipe_name", default="", help="A rung of --ladder, as a start for --with.")
+@click.option("--ladder", "ladder_name", default="progressive", show_default=True, help="Where --recipe comes from.")
+@measuring
+@tracked
+def run(names: str, recipe_name: str, ladder_name: str, **chosen: Any) -> None:
+    """Measure one recipe of your choice. Without any, the baseline: fp32, vanilla attention, eager."""
+    with wrong_input_exits_2():
+        start = Recipe("baseline")
+        if recipe_name:
+            known = {recipe.name: recipe for recipe in plan.find_ladder(ladder_name)}
+            start = plan.lookup("recipe", recipe_name, known)
+    added = [name.strip() for name in names.split(",") if name.strip()]
+    more = [name for name in dict.fromkeys(added) if name not in start.optimizations]
+    label = "-".join([*([start.name] if recipe_name or not more else []), *more])
+    _measure("run", (start.plus(label, *more),), only=(), **chosen)
+
+
+def _measure(
+    name: str,
+    recipes: tuple[Recipe, ...],
+    *,
+    only: tuple[str, ...],
+    model: str,
+    device: str,
+    weights: str,
+    compile_mode: str,
+    guidance: float | None,
+    timeout: float,
+    root: Path,
+    cache_dir: Path | None,
+    resume: bool,
+    no_track: bool,
+    experiment: str | None,
+    tracking_uri: str | None,
+    **settings: Any,
+) -> None:
+    with wrong_input_exits_2():
+        chosen = plan.Settings(
+            weights=None if weights == "auto" else weights,
+            compile_mode=None if compile_mode == "auto" else compile_mode,
+            guidance_scale=guidance,
+            **settings,
+        )
+        found = plan.find_model(model)
+        planned = plan.plan_ladder(name, recipes, found, plan.find_device(device), chosen)
+        for each in only:
+            climbing.resolve(planned, each)
+        try:
+            check_weights(found, planned.reference.weights)
+        except WeightsUnreachableError as error:
+            fail(str(error), 1)
+
+    folder = (climbing.find_resumable(root, planned) if resume else None) or spool.save_ladder(root, planned)
+    current = spool.read_ladder(folder)
+    todo = climbing.missing(folder, only)
+    recorder = _Recorder(folder, experiment, tracking_uri) if not no_track else None
+    click.echo(f"{folder}: {len(todo)} of {len(current.rungs)} rungs to measure")
+    for note in current.notes:
+        click.echo(f"  {note}")
+    try:
+        outcomes = climbing.climb(
+            folder,
+            todo,
+            climbing.Climb(_begins, lambda spec, outcome: _ended(spec, outcome, recorder)),
+            timeout_s=timeout,
+            shared_cache=cache_dir,
+        )
+    except KeyboardInterrupt:
+        fail(f"Interrupted. What was measured is in {folder}; --resume goes on with the rest.", 130)
+
+    from diffusion_fast import report
+
+    frame = report.from_spool(folder)
+    if len(frame):
+        _show(frame)
+    failed = climbing.failures(outcomes)
+    if recorder is not None:
+        recorder.finish()
+    if failed:
+        logs = ", ".join(str(spool.run_folder(folder, failure.spec) / spool.LOG) for failure in failed)
+        fail(f"{len(failed)} of {len(outcomes)} measurements failed; their logs: {logs}", 1)
+
+
+class _Recorder:
+    """Records as the ladder goes on. A server that fails once is left alone until the end: the spool has it all."""
+
+    def __init__(self, folder: Path, experiment: str | None, tracking_uri: str | None) -> None:
+        # Imported before the first worker starts: its seconds must not fall into anybody's measurement.
+        from diffusion_fast import tracking
+
+        self.tracking = tracking
+        self.folder = folder
+        self.arguments = {
+            "experiment": experiment,
+            "tracking_uri": tracking_uri,
+            "parent_run_id": os.environ.get("MLFLOW_RUN_ID"),
+        }
+        self.broken = False
+        self.rung_ended()
+
+    def rung_ended(self) -> None:
+        if self.broken:
+            return
+        try:
+            self.tracking.record(self.folder, **self.arguments)
+        except self.tracking.TrackingError as error:
+            self.broken = True
+            click.echo(f"  not recorded, and going on: {error}", err=True)
+
+    def finish(self) -> None:
+        try:
+            recorded = self.tracking.finish(self.folder, **self.arguments)
+        except self.tracking.TrackingError as error:
+            where = f" --tracking-uri {self.arguments['tracking_uri']}" if self.arguments["tracking_uri"] else ""
+            fail(f"MLflow could not record it ({error}). Later: diffusion-fast sync {self.folder}{where}", 1)
+        _tell_link(recorded)
+
+
+def _begins(spec: RunSpec) -> None:
+    click.echo(f"{spec.rung}{'' if spec.attempt == 1 else f', attempt {spec.attempt}'}")
+
+
+def _ended(spec: RunSpec, outcome: Outcome | None, recorder: _Recorder | None) -> None:
+    clear = "\r\x1b[2K" if sys.stdout.isatty() else ""
+    if isinstance(outcome, Result):
+        click.echo(f"{clear}  {outcome.latency_median_s:.4g} s a call, {outcome.peak_memory_gib:.2f} GiB")
+    elif isinstance(outcome, Failure):
+        click.echo(f"{clear}  failed while {outcome.stage}: {outcome.reason}: {outcome.message.splitlines()[0][:200]}")
+    else:
+        click.echo(f"{clear}  done")
+    if recorder is not None and spec.role != REFERENCE:
+        recorder.rung_ended()
+
+
+def _show(frame: pd.DataFrame) -> None:
+    from rich.console import Console
+
+    from diffusion_fast import report
+
+    # Without a terminal to fit into, a table is as wide as it needs to be.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(report.table(frame))
+
+
+def _tell_link(recorded: Recorded) -> None:
+    click.echo(f"\nThe comparison: {recorded.link}")
+    if not recorded.served:
+        click.echo("(served by: diffusion-fast ui)")
+
+
+@main.command()
+@click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--ladder-id", help="[default: the newest ladder]")
+@click.option("--output", type=click.Path(file_okay=False, path_type=Path), default="report", show_default=True)
+@tracked
+def report(
+    folder: Path | None, ladder_id: str | None, output: Path, experiment: str | None, tracking_uri: str | None
+) -> None:
+    """Print a ladder's table; write report.csv, report.md and report.png.
+
+    From MLflow, or from FOLDER: a spool, or a ladder's folder in it.
+    """
+    from diffusion_fast import report as reporting
+
+    with wrong_input_exits_2():
+        if folder is not None:
+            found = [path for path in spool.find_ladders(folder) if ladder_id in (None, "", path.name)]
+            if not found:
+                raise ValueError(f"There is no ladder {ladder_id or ''} in {folder}.")
+            frame = reporting.from_spool(found[-1])
+            if not len(frame):
+                raise ValueError(f"No rung of {found[-1].name} has an outcome yet.")
+        else:
+            from diffusion_fast.tracking import load_runs
+
+            frame = reporting.one_ladder(load_runs(experiment, tracking_uri), ladder_id)
+    _show(frame)
+    for path in reporting.write(frame, None, output):
+        click.echo(path)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@tracked
+def sync(folder: Path, experiment: str | None, tracking_uri: str | None) -> None:
+    """Record ladders measured elsewhere, or earlier. Doing it twice changes nothing."""
+    found = spool.find_ladders(folder)
+    if not found:
+        fail(f"There is no ladder in {folder}.", 2)
+    from diffusion_fast import tracking
+
+    for path in found:
+        try:
+            recorded = tracking.finish(path, experiment=experiment, tracking_uri=tracking_uri)
+        except tracking.TrackingError as error:
+            fail(f"MLflow could not record {path.name}: {error}", 1)
+        click.echo(path.name)
+    _tell_link(recorded)
+
+
+@main.command()
+@click.option("--port", type=int, default=5000, show_default=True)
+@click.option("--tracking-uri", help="[default: MLFLOW_TRACKING_URI, or mlflow.db in this folder]")
+def ui(port: int, tracking_uri: str | None) -> None:
+    """Start MLflow's UI on the recorded runs."""
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    if uri.startswith("http"):
+        fail(f"{uri} is a server already: open it in a browser.", 2)
+    os.execv(
+        sys.executable,
+        (sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(port)),
+    )
+
+
+if __name__ == "__main__":
+    main()

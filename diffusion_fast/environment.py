@@ -1,0 +1,89 @@
+"""What machine and which versions a result came from. Read in the worker, outside the timed region."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+LIBRARIES = ("torch", "diffusers", "transformers", "torchao", "accelerate", "triton", "numpy")
+
+
+def describe(device: str) -> dict[str, Any]:
+    """A flat account of the machine and the versions that decide a measurement."""
+    import torch
+
+    facts: dict[str, Any] = {
+        "python": platform.python_version(),
+        "os": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_cores": os.cpu_count(),
+        "ram_gib": round(psutil.virtual_memory().total / 1024**3, 1),
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+    for library in LIBRARIES:
+        try:
+            facts[library] = importlib.metadata.version(library)
+        except importlib.metadata.PackageNotFoundError:
+            facts[library] = None
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {
+            "gpu": properties.name,
+            "gpu_memory_gib": round(properties.total_memory / 1024**3, 1),
+            "capability": f"{properties.major}.{properties.minor}",
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "driver": _driver(),
+        }
+    return facts
+
+
+def installed() -> str:
+    """Every installed distribution, as lines of a requirements file."""
+    found = {
+        (distribution.metadata["Name"], distribution.version) for distribution in importlib.metadata.distributions()
+    }
+    return "".join(f"{name}=={version}\n" for name, version in sorted(found, key=lambda pair: pair[0].lower()))
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of this package's checkout, with a + where it has uncommitted changes; None outside one."""
+    folder = Path(__file__).parent
+    git = ("git", "-C", str(folder))
+    try:
+        answer = subprocess.run(
+            (*git, "rev-parse", "--show-prefix", "HEAD"), capture_output=True, text=True, check=True
+        )
+        prefix, head = answer.stdout.split("\n")[:2]
+        if prefix != f"{folder.name}/":  # installed somewhere inside another project's checkout
+            return None
+        changes = subprocess.run(
+            (*git, "status", "--porcelain", "--untracked-files=no", str(folder)), capture_output=True, text=True
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head[:12] + ("+" if changes.stdout else "")
+
+
+def _driver() -> str:
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    finally:
+        pynvml.nvmlShutdown()

@@ -1,0 +1,127 @@
+"""Time and memory of a callable. Nothing here knows what a pipeline is."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+MIN_CALLS = 10
+MIN_SECONDS = 3.0
+MAX_WARMUP = 5
+AGREEMENT = 0.05  # two warm-up calls that differ by less are a steady state
+GIB = 1024**3
+
+
+def timed(function: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Seconds of one call and what it returned. On a GPU by CUDA events around it, waited for at the end."""
+    if device == "cpu":
+        start = time.perf_counter()
+        value = function()
+        return time.perf_counter() - start, value
+    import torch
+
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    value = function()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1000, value
+
+
+def warm_up(function: Callable[[], Any], device: str) -> tuple[list[float], bool]:
+    """Call until two calls in a row agree within 5%, at most 5 times. Returns their seconds and whether they agreed."""
+    seconds: list[float] = []
+    while len(seconds) < MAX_WARMUP:
+        seconds.append(timed(function, device)[0])
+        if len(seconds) > 1 and abs(seconds[-1] - seconds[-2]) <= AGREEMENT * seconds[-2]:
+            return seconds, True
+    return seconds, False
+
+
+def samples(function: Callable[[], Any], device: str) -> tuple[list[float], list[Any]]:
+    """Seconds and values of at least 10 calls that together take at least 3 seconds."""
+    seconds: list[float] = []
+    values: list[Any] = []
+    while len(seconds) < MIN_CALLS or sum(seconds) < MIN_SECONDS:
+        second, value = timed(function, device)
+        seconds.append(second)
+        values.append(value)
+    return seconds, values
+
+
+def quantiles(seconds: list[float]) -> tuple[float, float, float]:
+    """The median, the 10th and the 90th percentile."""
+    median, low, high = np.quantile(seconds, (0.5, 0.1, 0.9))
+    return float(median), float(low), float(high)
+
+
+class PeakMemory:
+    """The peak of a stretch of work, in GiB: allocated and reserved on a GPU, resident on a CPU.
+
+    On Linux a process may reset its own peak resident size by writing 5 to clear_refs (proc(5)).
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        if device == "cpu":
+            Path("/proc/self/clear_refs").write_text("5")
+        else:
+            import torch
+
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+
+    def read(self) -> dict[str, float]:
+        if self.device == "cpu":
+            status = Path("/proc/self/status").read_text()
+            kibibytes = int(status.partition("VmHWM:")[2].split()[0])
+            return {"peak_rss_gib": kibibytes * 1024 / GIB}
+        import torch
+
+        return {
+            "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
+            "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+        }
+
+
+class Stopwatches:
+    """Time parts of a call by standing in for methods while it runs. The device is waited for at both ends of each."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.first_arguments: dict[str, Any] = {}
+
+    @contextmanager
+    def on(self, name: str, owner: Any, method: str) -> Iterator[None]:
+        """Within, calls of `owner.method` add to `seconds[name]`, and their first argument is kept."""
+        original = getattr(owner, method)
+        had_own = method in vars(owner)
+
+        def stopped(*args: Any, **kwargs: Any) -> Any:
+            start = self.now()
+            value = original(*args, **kwargs)
+            self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
+            self.first_arguments[name] = args[0] if args else None
+            return value
+
+        setattr(owner, method, stopped)
+        try:
+            yield
+        finally:
+            if had_own:
+                setattr(owner, method, original)
+            else:
+                delattr(owner, method)
+
+    def now(self) -> float:
+        if self.device == "cuda":
+            import torch
+
+            torch.cuda.synchronize()
+        return time.perf_counter()

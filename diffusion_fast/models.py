@@ -1,0 +1,112 @@
+"""Every model, as data, and the check that its weights can be had before anything expensive starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffusion_fast.spec import Model
+
+PACKAGE = Path(__file__).parent
+
+# Linears that the seed's int8 filter leaves in bf16: it measured them as slower or too lossy. SDXL's own shapes.
+SDXL_INT8_EXCLUDED = (
+    (1280, 640),
+    (1920, 1280),
+    (1920, 640),
+    (2048, 1280),
+    (2048, 2560),
+    (2560, 1280),
+    (256, 128),
+    (2816, 1280),
+    (320, 640),
+    (512, 1536),
+    (512, 256),
+    (512, 512),
+    (640, 1280),
+    (640, 1920),
+    (640, 320),
+    (640, 5120),
+    (640, 640),
+    (960, 320),
+    (960, 640),
+)
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model(
+            name="tiny",
+            summary="the bundled miniature of SDXL: every optimization applies, runs anywhere",
+            pipeline="StableDiffusionXLPipeline",
+            denoiser="unet",
+            height=128,
+            width=128,
+            steps=30,
+            guidance_scale=5.0,
+            embedded="tiny",
+        ),
+        Model(
+            name="sdxl",
+            summary="Stable Diffusion XL base 1.0",
+            pipeline="StableDiffusionXLPipeline",
+            denoiser="unet",
+            height=1024,
+            width=1024,
+            steps=30,
+            guidance_scale=5.0,
+            hub_id="stabilityai/stable-diffusion-xl-base-1.0",
+            configs="sdxl-base-1.0",
+            fp16_vae_hub_id="madebyollin/sdxl-vae-fp16-fix",
+            fp16_vae_config="vae_fp16_fix",
+            int8_excluded_shapes=SDXL_INT8_EXCLUDED,
+        ),
+    )
+}
+
+
+class WeightsUnreachableError(Exception):
+    """The weights exist elsewhere and cannot be had from here."""
+
+
+def check_weights(model: Model, weights: str) -> None:
+    """Make sure, in seconds and without torch, that `weights` can be loaded.
+
+    Raises ValueError when the choice makes no sense, WeightsUnreachableError when the hub doesn't answer within 5 s.
+    """
+    if weights == "embedded":
+        if not model.embedded:
+            raise ValueError(
+                f"{model.name} doesn't come with the package: use --weights pretrained, random or a folder."
+            )
+    elif weights == "random":
+        if not model.configs:
+            raise ValueError(f"{model.name} can't be built from random weights: use --weights embedded or a folder.")
+    elif weights == "pretrained":
+        if not model.hub_id:
+            raise ValueError(f"{model.name} has no weights on the hub: use --weights embedded or a folder.")
+        _check_hub(model.hub_id)
+    else:
+        _check_folder(Path(weights))
+
+
+def _check_folder(folder: Path) -> None:
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(
+            f"--weights {folder} is neither embedded, pretrained, random nor a folder that holds a model_index.json."
+        )
+    if not any(folder.glob("*/*.safetensors")):
+        raise ValueError(f"--weights {folder} holds no .safetensors files, and other formats are not loaded.")
+
+
+def _check_hub(hub_id: str) -> None:
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(hub_id, "model_index.json"), str):
+        return
+    try:
+        HfApi().model_info(hub_id, timeout=5)
+    except Exception as error:  # the hub client's own, its HTTP library's, the operating system's
+        raise WeightsUnreachableError(
+            f"The weights of {hub_id} can't be reached ({type(error).__name__}): "
+            "--weights random measures the same latency and memory, and --weights FOLDER loads a local copy."
+        ) from error

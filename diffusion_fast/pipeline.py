@@ -1,0 +1,146 @@
+"""From a spec to a pipeline: load the baseline, then let each optimization change it, stage by stage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from diffusion_fast.models import MODELS, PACKAGE
+from diffusion_fast.optimizations import OPTIMIZATIONS, Build
+from diffusion_fast.spec import RunSpec
+
+
+def build_pipeline(spec: RunSpec, tell: Callable[[str], None]) -> tuple[Build, dict[str, dict[str, Any]]]:
+    """A pipeline on its device, and each optimization's account of what it did.
+
+    `tell` is called with what is being done. Raises RuntimeError where an optimization has no effect.
+    """
+    build = Build(MODELS[spec.model], spec)
+    applied: dict[str, dict[str, Any]] = {}
+    chosen = [OPTIMIZATIONS[name] for name in spec.optimizations]
+    _no_tf32()
+    for optimization in chosen:
+        if optimization.stage == "load":
+            applied[optimization.name] = optimization.apply(build)
+    tell("loading")
+    build.pipe = _load(build)
+    _vanilla_attention(build)
+    for optimization in chosen:
+        if optimization.stage != "load":
+            tell(f"applying {optimization.name}")
+            applied[optimization.name] = optimization.apply(build)
+    return build, applied
+
+
+def call(build: Build) -> list[Any]:
+    """One whole call, prompt to PIL images, the same images every time. Returns `batch_size` images."""
+    import torch
+
+    spec = build.spec
+    images: list[Any] = build.pipe(
+        spec.prompt,
+        num_inference_steps=spec.steps,
+        guidance_scale=spec.guidance_scale,
+        height=spec.height,
+        width=spec.width,
+        num_images_per_prompt=spec.batch_size,
+        # On the CPU, so that every device starts from the same noise.
+        generator=torch.Generator("cpu").manual_seed(spec.seed),
+    ).images
+    return images
+
+
+def _no_tf32() -> None:
+    """cuDNN's default is on, and the baseline is plain fp32."""
+    import torch
+
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def _load(build: Build) -> Any:
+    import diffusers
+    import torch
+
+    dtype = getattr(torch, build.dtype)
+    if build.spec.weights == "random":
+        pipe = _from_configs(build)
+        pipe.to(build.spec.device, dtype)
+    else:
+        pipeline_class = getattr(diffusers, build.model.pipeline)
+        parts: dict[str, Any] = {}
+        if build.fp16_vae:
+            vae_source = build.model.fp16_vae_hub_id
+            parts["vae"] = diffusers.AutoencoderKL.from_pretrained(vae_source, dtype=dtype)
+        source = {
+            "embedded": str(PACKAGE / build.model.embedded),
+            "pretrained": build.model.hub_id,
+        }.get(build.spec.weights, build.spec.weights)
+        pipe = pipeline_class.from_pretrained(source, dtype=dtype, use_safetensors=True, **parts)
+        pipe.to(build.spec.device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _from_configs(build: Build) -> Any:
+    """The model at full size with seeded random weights: default initialisation, in fp32, on the device itself.
+
+    The same device and library versions give the same weights, whatever the recipe's dtype is.
+    """
+    import diffusers
+    import torch
+    import transformers
+
+    def config(name: str) -> dict[str, Any]:
+        data: dict[str, Any] = json.loads((PACKAGE / "configs" / build.model.configs / f"{name}.json").read_text())
+        return data
+
+    def text_encoder(name: str) -> Any:
+        data = config(name)
+        return getattr(transformers, data["architectures"][0])(transformers.CLIPTextConfig(**data))
+
+    vae = build.model.fp16_vae_config if build.fp16_vae else "vae"
+    with torch.device(build.spec.device):
+        torch.manual_seed(0)
+        parts = {
+            "unet": diffusers.UNet2DConditionModel.from_config(config("unet")),
+            "vae": diffusers.AutoencoderKL.from_config(config(vae)),
+            "text_encoder": text_encoder("text_encoder"),
+            "text_encoder_2": text_encoder("text_encoder_2"),
+        }
+    for part in parts.values():
+        part.eval().requires_grad_(False)
+    scheduler = config("scheduler")
+    return getattr(diffusers, build.model.pipeline)(
+        **parts,
+        scheduler=getattr(diffusers, scheduler["_class_name"]).from_config(scheduler),
+        tokenizer=byte_tokenizer(),
+        tokenizer_2=byte_tokenizer(),
+    )
+
+
+def byte_tokenizer(start_id: int = 49406) -> Any:
+    """A CLIP tokenizer that knows single bytes only, so that it needs no vocabulary file.
+
+    SDXL's text encoders take the position of the highest id as the end of the text, so the special tokens come last:
+    `start_id` and the one after it.
+    """
+    from transformers import CLIPTokenizer
+
+    # CLIP writes byte values as printable characters; a byte that ends a word is another token.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [256 + index for index in range(256 - len(printable))]
+    letters = [chr(code) for code in printable + others]
+    vocabulary = {token: index for index, token in enumerate([*letters, *(letter + "</w>" for letter in letters)])}
+    vocabulary |= {"<|startoftext|>": start_id, "<|endoftext|>": start_id + 1}
+    return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+
+
+def _vanilla_attention(build: Build) -> None:
+    """The baseline's attention: scores as one explicit matrix, in the UNet, the VAE and the text encoders."""
+    for _, network in build.networks():
+        if hasattr(network, "set_default_attn_processor"):
+            network.set_default_attn_processor()
+        elif hasattr(network, "set_attn_implementation"):
+            network.set_attn_implementation("eager")

@@ -1,0 +1,176 @@
+"""Model + recipe + device → the specs of a ladder, or a ValueError of one sentence before anything loads."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TypeVar
+
+from diffusion_fast.models import MODELS
+from diffusion_fast.optimizations import OPTIMIZATIONS, STAGES
+from diffusion_fast.recipes import LADDERS
+from diffusion_fast.spec import REFERENCE, Ladder, Model, Recipe, RunSpec
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+T = TypeVar("T")
+PROMPT = "ghibli style, a fantasy landscape with castles"
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where a ladder runs. `capability` is CUDA's (major, minor); a CPU has none."""
+
+    kind: str
+    name: str
+    capability: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a person chose for a whole ladder. None: what the model or the device suggests."""
+
+    prompt: str = PROMPT
+    weights: str | None = None
+    steps: int | None = None
+    batch_size: int = 1
+    height: int | None = None
+    width: int | None = None
+    guidance_scale: float | None = None
+    seed: int = 0
+    compile_mode: str | None = None
+    tag: str = ""
+
+
+def find_device(wanted: str = "auto") -> Device:
+    """The device to measure on, found by NVML, without torch. Raises ValueError where CUDA is asked for in vain."""
+    gpu = None if wanted == "cpu" else _first_gpu()
+    if gpu:
+        return gpu
+    if wanted == "cuda":
+        raise ValueError("--device cuda was asked for, and this machine has no CUDA device that answers.")
+    return Device("cpu", f"CPU, {os.cpu_count()} cores")
+
+
+def _first_gpu() -> Device | None:
+    import pynvml
+
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    if visible in ("", "-1"):
+        return None
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(visible) if visible.isdigit() else 0)
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        return Device("cuda", pynvml.nvmlDeviceGetName(handle), (major, minor))
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def plan_recipe(model: Model, recipe: Recipe, device: Device) -> tuple[str, ...]:
+    """The recipe's names in the order of their application. Raises ValueError where it is impossible."""
+    names = set(recipe.optimizations)
+    for name in recipe.optimizations:
+        known = lookup("optimization", name, OPTIMIZATIONS)
+        for group in known.requires:
+            if not names & set(group):
+                raise ValueError(f"{name} requires {' or '.join(group)}: add {group[0]}.")
+        for other in known.excludes:
+            if other in names:
+                raise ValueError(f"{name} and {other} exclude each other: take one of them.")
+        if device.kind not in known.devices:
+            raise ValueError(f"{name} runs on {' or '.join(known.devices)} only, and this is a {device.kind}.")
+        if device.capability is not None and device.capability < known.min_capability:
+            need, have = (".".join(map(str, pair)) for pair in (known.min_capability, device.capability))
+            raise ValueError(f"{name} needs compute capability {need}, and {device.name} has {have}.")
+        if known.model_needs and not getattr(model, known.model_needs):
+            raise ValueError(f"{name} can't be applied to {model.name}: it has no {known.model_needs}.")
+    order = list(OPTIMIZATIONS)
+    return tuple(sorted(names, key=lambda name: (STAGES.index(OPTIMIZATIONS[name].stage), order.index(name))))
+
+
+def plan_ladder(name: str, recipes: Iterable[Recipe], model: Model, device: Device, settings: Settings) -> Ladder:
+    """Specs for every rung and for the reference that their images are compared with."""
+    recipes, notes = _fit_device(tuple(recipes), device)
+    mode = settings.compile_mode or ("max-autotune" if device.kind == "cuda" else "default")
+    lookup("compile mode", mode, dict.fromkeys(COMPILE_MODES))
+    for what in ("steps", "batch_size", "height", "width"):
+        value = getattr(settings, what)
+        if value is not None and value < 1:
+            raise ValueError(f"{what} must be at least 1, not {value}.")
+    for what in ("height", "width"):
+        if (getattr(settings, what) or 8) % 8:
+            raise ValueError(f"{what} must be a multiple of 8, not {getattr(settings, what)}.")
+    now = datetime.now(UTC)
+    ladder_id = f"{now:%Y%m%d-%H%M%S}-{model.name}-{name}-{secrets.token_hex(2)}"
+
+    def spec(rung: str, recipe: Recipe) -> RunSpec:
+        return RunSpec(
+            ladder_id=ladder_id,
+            rung=rung,
+            role="reference" if rung == REFERENCE else "rung",
+            model=model.name,
+            weights=settings.weights or model.default_weights,
+            recipe=recipe.name,
+            optimizations=plan_recipe(model, recipe, device),
+            device=device.kind,  # type: ignore[arg-type]
+            compile_mode=recipe.compile_mode or mode,
+            prompt=settings.prompt,
+            steps=settings.steps or model.steps,
+            batch_size=settings.batch_size,
+            height=settings.height or model.height,
+            width=settings.width or model.width,
+            guidance_scale=model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale,
+            seed=settings.seed,
+            tag=settings.tag,
+        )
+
+    return Ladder(
+        id=ladder_id,
+        name=name,
+        model=model.name,
+        created_at=now.isoformat(timespec="seconds"),
+        rungs=tuple(spec(f"{index:02}-{recipe.name}", recipe) for index, recipe in enumerate(recipes)),
+        reference=spec(REFERENCE, Recipe(REFERENCE)),
+        notes=notes,
+    )
+
+
+def _fit_device(recipes: tuple[Recipe, ...], device: Device) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
+    """Ladders are written once for all devices: what a first rung takes and this device lacks is left out, and said.
+
+    Only the first rung's names, which every rung shares: without its own names a later rung would measure nothing new.
+    A recipe alone was asked for by name, and is refused by name.
+    """
+    if len(recipes) == 1:
+        return recipes, ()
+    absent = [name for name in recipes[0].optimizations if device.kind not in OPTIMIZATIONS[name].devices]
+    fitted = tuple(
+        Recipe(recipe.name, tuple(name for name in recipe.optimizations if name not in absent), recipe.compile_mode)
+        for recipe in recipes
+    )
+    return fitted, tuple(f"{name} is left out: it runs on another device than this {device.kind}" for name in absent)
+
+
+def find_model(name: str) -> Model:
+    return lookup("model", name, MODELS)
+
+
+def find_ladder(name: str) -> tuple[Recipe, ...]:
+    return lookup("ladder", name, LADDERS)
+
+
+def lookup(kind: str, name: str, known: Mapping[str, T]) -> T:
+    """`known[name]`, or a ValueError that gives the nearest names."""
+    if name in known:
+        return known[name]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
+    raise ValueError(f"There is no {kind} {name!r}: the nearest are {', '.join(near)}.")

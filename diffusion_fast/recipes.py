@@ -1,0 +1,19 @@
+"""Recipes and ladders: names only. What a name does is in optimizations.py."""
+
+from __future__ import annotations
+
+from diffusion_fast.spec import Recipe
+
+# The six published rungs of "Accelerating Generative AI III: Diffusion, Fast". Its code sets some of these names
+# without saying so: TF32 in every rung, channels_last and 1x1 convolutions as linears wherever it compiles.
+BASELINE = Recipe("baseline", ("tf32",))
+BF16 = BASELINE.plus("bf16", "bf16")
+SDPA = BF16.plus("sdpa", "sdpa")
+COMPILE = SDPA.plus("compile", "channels_last", "conv_as_linear", "compile", "inductor_tuning")
+FUSED_QKV = COMPILE.plus("fused-qkv", "fused_qkv")
+INT8_DYNAMIC = FUSED_QKV.plus("int8-dynamic", "int8_dynamic")
+
+LADDERS: dict[str, tuple[Recipe, ...]] = {
+    "progressive": (BASELINE, BF16, SDPA, COMPILE, FUSED_QKV, INT8_DYNAMIC),
+    "cpu": (SDPA, COMPILE, FUSED_QKV),  # its three experiments on a CPU
+}

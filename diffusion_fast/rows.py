@@ -1,0 +1,143 @@
+"""One flat, typed row a rung: the names that people query by, the same in MLflow, in a DataFrame and in CSV files."""
+
+from __future__ import annotations
+
+import csv
+import io
+from typing import Any
+
+from diffusion_fast.spec import Failure, Outcome, Result
+
+# MLflow keeps parameters and tags as strings: these are the columns that come back as numbers.
+INTEGERS = ("steps", "batch_size", "height", "width", "seed", "round", "attempt")
+FLOATS = ("guidance_scale",)
+FLAGS = ("warmed_up", "image_repeats", "identical_to_reference", "cache_shared")
+
+
+def parameters(outcome: Outcome) -> dict[str, Any]:
+    """What decided the measurement."""
+    spec = outcome.spec
+    return {
+        "model": spec.model,
+        "weights": spec.weights,
+        "recipe": spec.recipe,
+        "optimizations": ",".join(spec.optimizations),
+        "dtype": spec.dtype,
+        "device": spec.device,
+        "device_name": outcome.environment.get("gpu") or outcome.environment.get("cpu") or "",
+        "compile_mode": spec.compile_mode if "compile" in spec.optimizations else "",
+        "steps": spec.steps,
+        "batch_size": spec.batch_size,
+        "height": spec.height,
+        "width": spec.width,
+        "guidance_scale": spec.guidance_scale,
+        "seed": spec.seed,
+        "prompt": spec.prompt,
+    }
+
+
+def metrics(outcome: Outcome, base: Result | None) -> dict[str, float]:
+    """What was measured. `speedup` is against `base`, the ladder's first rung."""
+    if isinstance(outcome, Failure):
+        return {"elapsed_s": outcome.elapsed_s}
+    found = {
+        "latency_median_s": outcome.latency_median_s,
+        "latency_p10_s": outcome.latency_p10_s,
+        "latency_p90_s": outcome.latency_p90_s,
+        "timed_calls": float(len(outcome.samples_s)),
+        "import_s": outcome.import_s,
+        "load_s": outcome.load_s,
+        "first_call_s": outcome.first_call_s,
+        "warmup_calls": float(len(outcome.warmup_s)),
+        **outcome.phases,
+        **outcome.memory,
+        "peak_memory_gib": outcome.peak_memory_gib,
+    }
+    if outcome.cache_state != "none":
+        found[f"first_call_{outcome.cache_state}_s"] = outcome.first_call_s
+    if base is not None:
+        found["speedup"] = round(base.latency_median_s / outcome.latency_median_s, 3)
+    if outcome.psnr_db is not None:
+        found["psnr_db"] = outcome.psnr_db
+    if outcome.ssim is not None:
+        found["ssim"] = outcome.ssim
+    return found
+
+
+def labels(outcome: Outcome, base: Result | None) -> dict[str, str]:
+    """What tells the measurement from others, and what is said of it."""
+    spec = outcome.spec
+    found = {
+        "kind": "rung",
+        "ladder_id": spec.ladder_id,
+        "rung": spec.rung,
+        "round": str(spec.round),
+        "attempt": str(spec.attempt),
+        "measurement_id": spec.measurement_id,
+        "conditions": spec.conditions,
+        "tag": spec.tag,
+        "speedup_base": base.spec.rung if base else "",
+    }
+    if isinstance(outcome, Failure):
+        return found | {"reason": outcome.reason, "error": outcome.message[:4000], "stage": outcome.stage}
+    return found | {
+        "cache_state": outcome.cache_state,
+        "cache_shared": str(outcome.cache_shared),
+        "warmed_up": str(outcome.warmed_up),
+        "image_repeats": str(outcome.image_repeats),
+        "identical_to_reference": str(outcome.identical_to_reference),
+        "pipeline_cls": outcome.pipeline_cls,
+        "ckpt_id": outcome.ckpt_id,
+    }
+
+
+def row(outcome: Outcome, base: Result | None) -> dict[str, Any]:
+    """All of it, flat. `status` is MLflow's word."""
+    status = "FAILED" if isinstance(outcome, Failure) else "FINISHED"
+    found = labels(outcome, base) | {"status": status} | parameters(outcome) | metrics(outcome, base)
+    return found | typed(found)
+
+
+def typed(texts: dict[str, Any]) -> dict[str, Any]:
+    """The columns that are numbers or flags, out of their strings."""
+    found: dict[str, Any] = {}
+    for names, convert in ((INTEGERS, int), (FLOATS, float), (FLAGS, lambda text: str(text) == "True")):
+        found |= {name: convert(texts[name]) for name in names if texts.get(name) not in (None, "")}
+    return found
+
+
+def seed_row(flat: dict[str, Any]) -> dict[str, Any]:
+    """The columns of diffusion-fast's own CSV, by its names."""
+    names = (flat.get("optimizations") or "").split(",")
+    compiled = "compile" in names
+    memory = flat.get("peak_memory_gib")
+    return {
+        "pipeline_cls": flat.get("pipeline_cls", ""),
+        "ckpt_id": flat.get("ckpt_id", ""),
+        "bf16": "bf16" in names,
+        "sdpa": "sdpa" in names,
+        "fused_qkv_projections": "fused_qkv" in names,
+        "upcast_vae": False,  # the VAE runs in the recipe's dtype
+        "batch_size": flat["batch_size"],
+        "num_inference_steps": flat["steps"],
+        "compile_unet": compiled,
+        "compile_vae": compiled,
+        "compile_mode": flat.get("compile_mode", ""),
+        "change_comp_config": "inductor_tuning" in names,
+        "do_quant": "int8dynamic" if "int8_dynamic" in names else "",
+        "time (secs)": flat.get("latency_median_s"),
+        "memory (gbs)": memory,
+        "actual_gpu_memory (gbs)": flat.get("peak_reserved_gib"),
+        "tag": flat.get("tag", ""),
+    }
+
+
+def seed_csv(flat: list[dict[str, Any]]) -> str:
+    """Rows as CSV: the seed's columns first, ours after them."""
+    merged = [seed_row(each) | {key: each[key] for key in each if key != "tag"} for each in flat]
+    columns = list(dict.fromkeys(key for each in merged for key in each))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(merged)
+    return text.getvalue()

@@ -1,0 +1,183 @@
+"""The data that flows through the program: Model + Recipe → RunSpec → Result or Failure.
+
+Frozen dataclasses that turn into JSON and back. Standard library only, so that every process can import it for free.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+REFERENCE = "reference"  # the role, and the folder, of the run that a ladder's images are compared with
+
+
+class _Json:
+    """Dictionaries in and out, for flat dataclasses whose nested ones are `_Json` too."""
+
+    def to_dict(self) -> dict[str, Any]:
+        data: dict[str, Any] = dataclasses.asdict(self)  # type: ignore[call-overload]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        hints = typing.get_type_hints(cls)
+        return cls(**{key: _restore(hints[key], value) for key, value in data.items() if key in hints})
+
+
+def _restore(hint: Any, value: Any) -> Any:
+    """What JSON made of a field's value, back in the field's type."""
+    if isinstance(hint, type) and issubclass(hint, _Json):
+        return hint.from_dict(value)
+    if typing.get_origin(hint) is tuple:
+        item = typing.get_args(hint)[0]
+        return tuple(_restore(item, each) for each in value)
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(_Json):
+    """A text-to-image model as data: nothing elsewhere asks for a model by its name."""
+
+    name: str
+    summary: str
+    pipeline: str  # class in diffusers
+    denoiser: Literal["unet"]  # the pipeline's attribute that runs once a step
+    height: int  # pixels
+    width: int
+    steps: int
+    guidance_scale: float
+    hub_id: str = ""  # weights="pretrained"
+    embedded: str = ""  # weights="embedded": a folder of this package, in diffusers format
+    configs: str = ""  # weights="random": a folder of component configs under configs/
+    fp16_vae_hub_id: str = ""  # a VAE fine-tuned to stay finite in float16
+    fp16_vae_config: str = ""  # its config in `configs`
+    int8_excluded_shapes: tuple[tuple[int, int], ...] = ()  # (in, out) features; empty: chosen by rows and features
+
+    @property
+    def default_weights(self) -> str:
+        return "embedded" if self.embedded else "pretrained"
+
+
+@dataclass(frozen=True)
+class Recipe(_Json):
+    """A name for a set of optimizations. The order in which they are written has no meaning."""
+
+    name: str
+    optimizations: tuple[str, ...] = ()
+    compile_mode: str = ""  # only where a recipe is about a mode; else the run decides
+
+    def plus(self, name: str, *more: str, compile_mode: str = "") -> Recipe:
+        """This recipe and some more optimizations, under a new name."""
+        return Recipe(name, (*self.optimizations, *more), compile_mode or self.compile_mode)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec(_Json):
+    """Everything that decides a measurement, and the four names that tell it from its twins and retries."""
+
+    ladder_id: str
+    rung: str  # "03-compile"
+    round: int = 1
+    attempt: int = 1
+    role: Literal["rung", "reference"] = "rung"
+
+    model: str
+    weights: str  # "embedded", "pretrained", "random" or a folder
+    recipe: str
+    optimizations: tuple[str, ...]  # in the order of application
+    device: Literal["cuda", "cpu"]
+    compile_mode: str
+    prompt: str
+    steps: int
+    batch_size: int
+    height: int
+    width: int
+    guidance_scale: float
+    seed: int
+    tag: str = ""
+
+    @property
+    def measurement_id(self) -> str:
+        return f"{self.ladder_id}/{self.rung}/r{self.round}-a{self.attempt}"
+
+    @property
+    def conditions(self) -> str:
+        """A hash that equal measurements share, whatever they are called."""
+        labels = {"ladder_id", "rung", "round", "attempt", "recipe", "tag"}
+        facts = {key: value for key, value in self.to_dict().items() if key not in labels}
+        facts["optimizations"] = sorted(facts["optimizations"])
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
+
+    @property
+    def dtype(self) -> str:
+        return next((long for short, long in DTYPES.items() if short in self.optimizations), "float32")
+
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ladder(_Json):
+    """Rungs measured together: the first is what the others' speed-ups are against."""
+
+    id: str
+    name: str
+    model: str
+    created_at: str
+    rungs: tuple[RunSpec, ...]
+    reference: RunSpec
+    notes: tuple[str, ...] = ()  # what was left out on this device, and why
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result(_Json):
+    """One finished measurement. Times are seconds of one call (a batch of images), memory is GiB."""
+
+    spec: RunSpec
+    finished_at: str
+    pipeline_cls: str
+    ckpt_id: str
+    applied: dict[str, dict[str, Any]]  # each optimization's account of the state that it left
+    import_s: float
+    load_s: float  # the process's start to a loaded and changed pipeline, imports apart
+    first_call_s: float  # compilation included
+    cache_state: Literal["none", "cold", "warm"]  # of the compile cache, before the first call; none: nothing compiles
+    cache_shared: bool
+    warmup_s: tuple[float, ...]
+    warmed_up: bool  # False: the last two warm-up calls still differed by more than 5%
+    samples_s: tuple[float, ...]
+    latency_median_s: float
+    latency_p10_s: float
+    latency_p90_s: float
+    phases: dict[str, float]
+    memory: dict[str, float]
+    image_repeats: bool  # every timed call, and the call that was split into phases, made the same image
+    psnr_db: float | None = None  # None: identical to the reference (infinite), or there is no reference
+    ssim: float | None = None
+    identical_to_reference: bool = False
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def peak_memory_gib(self) -> float:
+        return self.memory.get("peak_allocated_gib", self.memory.get("peak_rss_gib", 0.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure(_Json):
+    """A measurement that did not come about: a result too, with its reason."""
+
+    spec: RunSpec
+    finished_at: str
+    reason: Literal["exception", "out_of_memory", "killed", "timeout"]
+    message: str
+    stage: str  # what the worker was doing
+    elapsed_s: float
+    traceback: str = ""
+    environment: dict[str, Any] = field(default_factory=dict)
+
+
+Outcome = Result | Failure

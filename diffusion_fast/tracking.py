@@ -1,0 +1,247 @@
+"""The spool, replayed into MLflow, and MLflow's runs as a DataFrame. The only module that imports mlflow.
+
+Recording brings MLflow to what the spool says and sends only what is missing there: recording twice changes nothing,
+and a recording that was cut off goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffusion_fast import report, rows, spool, view
+from diffusion_fast.spec import Failure, Ladder, Outcome, Result
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+EXPERIMENT = "diffusion_fast"
+UI = "http://127.0.0.1:5000"
+DONE = "artifacts_recorded"  # the tag that is set last
+
+
+class TrackingError(Exception):
+    """MLflow could not be reached, or refused."""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Where a ladder can be seen."""
+
+    parent_run_id: str
+    link: str
+    served: bool  # False: a store on disk, which `diffusion-fast ui` serves at the link's address
+
+
+def configure(tracking_uri: str | None) -> str:
+    """Decide where runs go: the argument, MLFLOW_TRACKING_URI, or mlflow.db in the current folder. Returns the URI."""
+    # MLflow's own default is four minutes of retries: the results are safe in the spool, so say soon what is wrong.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    import mlflow
+
+    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    mlflow.set_tracking_uri(uri)
+    return uri
+
+
+def record(
+    folder: Path, *, experiment: str | None = None, tracking_uri: str | None = None, parent_run_id: str | None = None
+) -> Recorded:
+    """Bring MLflow to what a ladder's folder says. `parent_run_id`: the run that `mlflow run` has made for it.
+
+    Raises TrackingError, and the spool keeps everything.
+    """
+    uri = configure(tracking_uri)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return _record(MlflowClient(), uri, folder, experiment, parent_run_id)
+    except (MlflowException, OSError) as error:
+        raise TrackingError(f"{uri}: {str(error).splitlines()[0][:300]}") from error
+
+
+def _record(
+    client: MlflowClient, uri: str, folder: Path, experiment: str | None, parent_run_id: str | None
+) -> Recorded:
+    ladder = spool.read_ladder(folder)
+    parent = _parent(client, ladder, experiment, parent_run_id)
+    experiment_id = parent.info.experiment_id
+    known = {
+        run.data.tags["measurement_id"]: run
+        for run in _search(client, experiment_id, f"tags.kind = 'rung' and tags.ladder_id = '{ladder.id}'")
+    }
+    last = spool.last_outcomes(folder)
+    base = _base(ladder, last)
+    for run_folder, outcome in spool.outcomes(folder):
+        run = known.get(outcome.spec.measurement_id)
+        _record_rung(client, parent, run, run_folder, outcome, base)
+
+    search_filter = f"tags.kind = 'rung' and tags.ladder_id = '{ladder.id}'"
+    if view.TAG + ladder.id not in client.get_experiment(experiment_id).tags:
+        saved = view.encode(view.view_state(search_filter), name=ladder.id, now_ms=int(time.time() * 1000))
+        client.set_experiment_tag(experiment_id, view.TAG + ladder.id, saved)
+    served = uri.startswith("http")
+    link = view.link(uri if served else UI, experiment_id, ladder.id)
+    return Recorded(parent.info.run_id, link, served)
+
+
+def _base(ladder: Ladder, last: dict[str, Outcome]) -> Result | None:
+    first = last.get(ladder.rungs[0].rung)
+    return first if isinstance(first, Result) else None
+
+
+def _parent(client: MlflowClient, ladder: Ladder, experiment: str | None, run_id: str | None) -> Run:
+    """The ladder's run: the one it has, the one that `mlflow run` made, or a new one."""
+    experiment_id = _experiment(client, experiment, run_id)
+    found = _search(client, experiment_id, f"tags.kind = 'ladder' and tags.ladder_id = '{ladder.id}'")
+    tags = {"kind": "ladder", "ladder_id": ladder.id, "ladder": ladder.name, "notes": "; ".join(ladder.notes)}
+    if found:
+        if run_id and run_id != found[0].info.run_id:
+            client.set_tag(run_id, "resumes", found[0].info.run_id)
+        return found[0]
+    if run_id:
+        for name, value in (tags | {"mlflow.runName": ladder.id}).items():
+            client.set_tag(run_id, name, value)
+        return client.get_run(run_id)
+    return client.create_run(experiment_id, run_name=ladder.id, tags=tags)
+
+
+def _experiment(client: MlflowClient, name: str | None, run_id: str | None) -> str:
+    if run_id:
+        return str(client.get_run(run_id).info.experiment_id)
+    name = name or os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    found = client.get_experiment_by_name(name)
+    return str(found.experiment_id if found else client.create_experiment(name))
+
+
+def _record_rung(
+    client: MlflowClient, parent: Run, run: Run | None, folder: Path, outcome: Outcome, base: Result | None
+) -> None:
+    from mlflow.entities import Metric, Param, RunTag
+
+    finished_ms = _milliseconds(outcome.finished_at)
+    if run is None:
+        # The tag is what `nested=True` would set, which works in the process of the parent run only.
+        tags = {"mlflow.parentRunId": parent.info.run_id} | rows.labels(outcome, base)
+        run = client.create_run(parent.info.experiment_id, finished_ms, tags, outcome.spec.rung)
+    has = run.data
+    metrics = {key: value for key, value in rows.metrics(outcome, base).items() if key not in has.metrics}
+    entries = [Metric(key, value, finished_ms, 0) for key, value in metrics.items()]
+    if isinstance(outcome, Result) and "latency_sample_s" not in has.metrics:
+        entries += [
+            Metric("latency_sample_s", value, finished_ms, step) for step, value in enumerate(outcome.samples_s)
+        ]
+    params = {key: str(value) for key, value in rows.parameters(outcome).items() if key not in has.params}
+    tags = {key: value for key, value in rows.labels(outcome, base).items() if has.tags.get(key) != value}
+    if entries or params or tags:
+        client.log_batch(
+            run.info.run_id,
+            metrics=entries,
+            params=[Param(key, value[:6000]) for key, value in params.items()],
+            tags=[RunTag(key, value) for key, value in tags.items()],
+        )
+    if DONE in has.tags:
+        return
+    _record_artifacts(client, run.info.run_id, folder, outcome)
+    client.set_tag(run.info.run_id, DONE, "True")
+    status = "FAILED" if isinstance(outcome, Failure) else "FINISHED"
+    client.set_terminated(run.info.run_id, status, finished_ms)
+
+
+def _record_artifacts(client: MlflowClient, run_id: str, folder: Path, outcome: Outcome) -> None:
+    client.log_artifacts(run_id, str(folder))
+    if isinstance(outcome, Failure):
+        if outcome.traceback:
+            client.log_text(run_id, outcome.traceback, "traceback.txt")
+        return
+    from PIL import Image
+
+    image = next((folder / name for name in ("image.png", "image.jpg") if (folder / name).is_file()), None)
+    if image is not None:  # the chart page's grid takes images from here alone, not from artifacts
+        with Image.open(image) as opened:
+            client.log_image(run_id, opened.convert("RGB"), key="output", step=0)
+
+
+def finish(
+    folder: Path, *, experiment: str | None = None, tracking_uri: str | None = None, parent_run_id: str | None = None
+) -> Recorded:
+    """Record a ladder whole: its rungs, the summary on its own run, and that run's end."""
+    recorded = record(folder, experiment=experiment, tracking_uri=tracking_uri, parent_run_id=parent_run_id)
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient()
+    try:
+        _finish(client, folder, recorded.parent_run_id, by_mlflow_run=recorded.parent_run_id == parent_run_id)
+    except (MlflowException, OSError) as error:
+        raise TrackingError(str(error).splitlines()[0][:300]) from error
+    return recorded
+
+
+def _finish(client: MlflowClient, folder: Path, run_id: str, by_mlflow_run: bool) -> None:
+    run = client.get_run(run_id)
+    frame = report.from_spool(folder)
+    summary = report.markdown(frame, spool.read_ladder(folder))
+    # Its children's images, as MLflow serves them to its own page.
+    children = _search(client, run.info.experiment_id, f"tags.kind = 'rung' and tags.`mlflow.parentRunId` = '{run_id}'")
+    images = "".join(
+        f"\n**{child.info.run_name}**\n\n![{child.info.run_name}](get-artifact?path=image.jpg&run_uuid={child.info.run_id})\n"
+        for child in sorted(children, key=lambda child: str(child.info.run_name))
+        if child.info.status == "FINISHED"
+    )
+    note = f"{summary}{images}"
+    if run.data.tags.get("mlflow.note.content") != note:
+        with tempfile.TemporaryDirectory() as made:
+            report.write(frame, spool.read_ladder(folder), Path(made))
+            client.log_artifacts(run_id, made)
+        client.log_artifact(run_id, str(folder / spool.LADDER))
+        client.set_tag(run_id, "mlflow.note.content", note)
+    failed = any(isinstance(outcome, Failure) for outcome in spool.last_outcomes(folder).values())
+    status = "FAILED" if failed else "FINISHED"
+    if run.info.status != status and not by_mlflow_run:  # `mlflow run` ends its own run, by the exit code
+        client.set_terminated(run_id, status)
+
+
+def _search(client: MlflowClient, experiment_id: str, search_filter: str) -> list[Run]:
+    found: list[Run] = list(client.search_runs([experiment_id], search_filter, max_results=1000))
+    return found
+
+
+def _milliseconds(iso: str) -> int:
+    from datetime import datetime
+
+    return int(datetime.fromisoformat(iso).timestamp() * 1000)
+
+
+def load_runs(experiment: str | None = None, tracking_uri: str | None = None) -> pd.DataFrame:
+    """One typed row a measured rung, oldest ladder first: numbers are numbers, and latencies are seconds.
+
+    `experiment` is a name, by default MLFLOW_EXPERIMENT_NAME or "diffusion_fast". ValueError where there is none.
+    """
+    configure(tracking_uri)
+    import mlflow
+    import pandas as pd
+
+    name = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    found = mlflow.get_experiment_by_name(name)
+    if found is None:
+        raise ValueError(f"There is no experiment {name!r} at {mlflow.get_tracking_uri()}.")
+    runs = mlflow.search_runs([found.experiment_id], "tags.kind = 'rung'", max_results=50_000, output_format="list")
+    flat = [_flat(run) for run in runs]
+    frame = pd.DataFrame(flat)
+    if frame.empty:
+        return frame
+    return frame.sort_values(["ladder_id", "rung", "round", "attempt"], ignore_index=True)
+
+
+def _flat(run: Run) -> dict[str, Any]:
+    texts = {key: value for key, value in run.data.tags.items() if not key.startswith("mlflow.")} | run.data.params
+    return {"run_id": run.info.run_id, "status": run.info.status} | texts | run.data.metrics | rows.typed(texts)

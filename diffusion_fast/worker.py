@@ -1,0 +1,258 @@
+"""One process, one measurement: spec.json in, result.json (or failure.json), the image and the log out.
+
+    python -m diffusion_fast.worker RUN_FOLDER
+
+Standard output carries the progress line; everything else that libraries print goes to standard error, the log.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import io
+import os
+import statistics
+import sys
+import time
+import traceback
+from contextlib import ExitStack
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from diffusion_fast import rows, spool
+from diffusion_fast.models import MODELS
+from diffusion_fast.optimizations import OPTIMIZATIONS, Build
+from diffusion_fast.spec import REFERENCE, Failure, Result, RunSpec
+
+JPEG_BYTES = 200 * 1024
+PHASE_CALLS = 3
+
+
+def main(folder: Path) -> int:
+    """Measure what the folder's spec says. Returns the exit code: 0 with a result, 1 with a failure."""
+    progress = Progress(folder)
+    spec = RunSpec.from_dict(spool.read_json(folder / spool.SPEC))
+    try:
+        if spec.role == REFERENCE:
+            make_reference(spec, folder, progress)
+        else:
+            result = measure_rung(spec, folder, progress)
+            spool.write_text(folder / "result.csv", rows.seed_csv([rows.row(result, None)]))
+            spool.write_json(folder / spool.RESULT, result.to_dict())  # last: with it the measurement is there
+    except Exception as error:
+        traceback.print_exc()
+        failure = Failure(
+            spec=spec,
+            finished_at=_now(),
+            reason="out_of_memory" if _is_out_of_memory(error) else "exception",
+            message=f"{type(error).__name__}: {str(error).strip() or 'no message'}",
+            stage=progress.stage,
+            elapsed_s=process_age_s(),
+            traceback=traceback.format_exc(),
+            environment=_environment(spec, folder),
+        )
+        spool.write_json(folder / spool.FAILURE, failure.to_dict())
+        return 1
+    return 0
+
+
+class Progress:
+    """Says what is being done: on the line that the person sees, and in a file for when the worker is killed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.line = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)  # whatever prints from here on prints into the log
+        self.file = (folder / spool.PROGRESS).open("w")
+        self.stage = "starting"
+
+    def __call__(self, stage: str) -> None:
+        self.stage = stage
+        text = f"{process_age_s():8.1f} s  {stage}"
+        print(text, file=self.file, flush=True)
+        print(f"[{text.strip()}]", file=sys.stderr, flush=True)
+        print(f"\r\x1b[2K  {text}" if self.line.isatty() else f"  {text}", file=self.line, end="", flush=True)
+        if not self.line.isatty():
+            print(file=self.line, flush=True)
+
+
+def make_reference(spec: RunSpec, folder: Path, progress: Progress) -> None:
+    """Save the images of the plain fp32 pipeline as floats, before they are rounded to bytes."""
+    build, _, _ = _load(spec, progress)
+    progress("painting the reference")
+    _, decoded = _phases(build)
+    from safetensors.torch import save_file
+
+    _save_image(_to_pil(decoded), folder)
+    partial = folder / f".{spool.REFERENCE_IMAGE}"
+    save_file({"image": decoded}, partial)
+    spool.write_json(folder / "environment.json", _environment(spec, folder))
+    partial.replace(folder / spool.REFERENCE_IMAGE)
+
+
+def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
+    """The measurement itself. Raises whatever goes wrong."""
+    caches = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]), Path(os.environ["TRITON_CACHE_DIR"])
+    cache_was_warm = any(cache.is_dir() and any(cache.iterdir()) for cache in caches)
+    build, applied, import_s = _load(spec, progress)
+    from diffusion_fast import measure
+    from diffusion_fast.pipeline import call
+
+    load_s = process_age_s() - import_s
+
+    compiles = "compile" in spec.optimizations
+    progress(f"first call, {'warm' if cache_was_warm else 'cold'} compile cache" if compiles else "first call")
+    first_call_s, _ = measure.timed(lambda: call(build), spec.device)
+    progress("warming up")
+    warmup_s, warmed_up = measure.warm_up(lambda: call(build), spec.device)
+    for name, proof in build.proofs.items():
+        applied[name] |= proof()
+
+    progress("measuring")
+    gc.collect()
+    peak = measure.PeakMemory(spec.device)
+    samples_s, images = measure.samples(lambda: call(build), spec.device)
+    memory = peak.read()
+    median, p10, p90 = measure.quantiles(samples_s)
+
+    progress("splitting into phases")
+    phases, decoded = _phases(build)
+    progress("comparing")
+    first = _bytes(images[0])
+    repeats = all(_bytes(batch) == first for batch in images) and _bytes(_to_pil(decoded)) == first
+    result = Result(
+        spec=spec,
+        finished_at=_now(),
+        pipeline_cls=type(build.pipe).__name__,
+        ckpt_id=build.model.hub_id if spec.weights == "pretrained" else f"{build.model.name} ({spec.weights})",
+        applied=applied,
+        import_s=import_s,
+        load_s=load_s,
+        first_call_s=first_call_s,
+        cache_state=("warm" if cache_was_warm else "cold") if compiles else "none",
+        cache_shared=os.environ.get("DIFFUSION_FAST_CACHE_SHARED") == "1",
+        warmup_s=tuple(warmup_s),
+        warmed_up=warmed_up,
+        samples_s=tuple(samples_s),
+        latency_median_s=median,
+        latency_p10_s=p10,
+        latency_p90_s=p90,
+        phases=phases,
+        memory=memory,
+        image_repeats=repeats,
+        environment=_environment(spec, folder),
+        **_fidelity(decoded, spool.reference_file(folder.parents[1])),
+    )
+    _save_image(images[0], folder)
+    return result
+
+
+def _load(spec: RunSpec, progress: Progress) -> tuple[Build, dict[str, dict[str, Any]], float]:
+    """The pipeline as the recipe wants it, each optimization's account, and the seconds that imports took."""
+    progress("importing")
+    start = time.perf_counter()
+    import diffusers
+    import torch
+
+    getattr(diffusers, MODELS[spec.model].pipeline)  # diffusers imports a pipeline's modules when it is asked for
+    for module in dict.fromkeys(name for each in spec.optimizations for name in OPTIMIZATIONS[each].imports):
+        importlib.import_module(module)
+    import_s = time.perf_counter() - start
+    from diffusion_fast.pipeline import build_pipeline
+
+    torch.set_grad_enabled(False)
+    build, applied = build_pipeline(spec, progress)
+    if spec.device == "cuda":
+        torch.cuda.synchronize()
+    return build, applied, import_s
+
+
+def _phases(build: Build) -> tuple[dict[str, float], Any]:
+    """Median seconds of a call's parts, from calls of their own, and the decoded images.
+
+    The images are fp32 on the CPU, shape (batch, 3, height, width), in 0..1. Denoising is what is left of the call
+    when the other parts are taken away: the denoiser's steps with the scheduler's.
+    """
+    import torch
+
+    from diffusion_fast.measure import Stopwatches
+    from diffusion_fast.pipeline import call
+
+    pipe = build.pipe
+    runs: list[dict[str, float]] = []
+    for _ in range(PHASE_CALLS if build.spec.role != REFERENCE else 1):
+        watches = Stopwatches(build.spec.device)
+        with ExitStack() as stack:
+            stack.enter_context(watches.on("text_encoding_s", pipe, "encode_prompt"))
+            stack.enter_context(watches.on("vae_decode_s", pipe.vae, "decode"))
+            stack.enter_context(watches.on("postprocessing_s", pipe.image_processor, "postprocess"))
+            start = watches.now()
+            call(build)
+            total = watches.now() - start
+        denoising = total - sum(watches.seconds.values())
+        parts = {"denoising_s": denoising, "denoising_step_s": denoising / build.spec.steps}
+        runs.append(watches.seconds | parts)
+    decoded = watches.first_arguments["postprocessing_s"]
+    image = pipe.image_processor.denormalize(decoded).to("cpu", torch.float32)
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}, image
+
+
+def _fidelity(image: Any, reference_file: Path) -> dict[str, Any]:
+    if not reference_file.is_file():
+        return {}
+    from safetensors.torch import load_file
+
+    from diffusion_fast.fidelity import compare
+
+    found = compare(image, load_file(reference_file)["image"])
+    return {"psnr_db": found.psnr_db, "ssim": found.ssim, "identical_to_reference": found.identical}
+
+
+def _to_pil(image: Any) -> list[Any]:
+    from diffusers.image_processor import VaeImageProcessor
+
+    images: list[Any] = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(image))
+    return images
+
+
+def _bytes(images: list[Any]) -> bytes:
+    return b"".join(image.tobytes() for image in images)
+
+
+def _save_image(images: list[Any], folder: Path) -> None:
+    """The first image of the batch, without loss, and as the best JPEG of at most 200 KB."""
+    images[0].save(folder / "image.png")
+    for quality in range(95, 0, -5):
+        jpeg = io.BytesIO()
+        images[0].save(jpeg, "JPEG", quality=quality)
+        if jpeg.tell() <= JPEG_BYTES:
+            break
+    (folder / "image.jpg").write_bytes(jpeg.getvalue())
+
+
+def _environment(spec: RunSpec, folder: Path) -> dict[str, Any]:
+    from diffusion_fast import environment
+
+    facts = environment.describe(spec.device)
+    spool.write_json(folder / "environment.json", facts)
+    spool.write_text(folder / "requirements.txt", environment.installed())
+    return facts
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")
+    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+
+
+def process_age_s() -> float:
+    """Seconds since this process started, the interpreter's own start included, to 10 ms (proc(5))."""
+    started_ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
