@@ -3,6 +3,7 @@ PYTHON ?= python3
 MODEL ?= tiny
 ARGS ?=
 BIN := .venv/bin
+export PATH := $(CURDIR)/.venv/bin:$(PATH)  # `mlflow run --env-manager local` starts whichever python comes first
 
 .PHONY: ladder test lint ui bench clean
 

@@ -152,14 +152,15 @@ def list_(as_json: bool) -> None:
 
 @main.command()
 @click.option("--ladder", "name", default="progressive", show_default=True, help="See `diffusion-fast list`.")
-@click.option("--only", multiple=True, metavar="RUNG", help="Measure this rung alone; may be given again.")
+@click.option("--only", default="", metavar="RUNG,RUNG", help="Measure these rungs alone.")
 @measuring
 @tracked
-def ladder(name: str, only: tuple[str, ...], **chosen: Any) -> None:
+def ladder(name: str, only: str, device: str, **chosen: Any) -> None:
     """Measure a ladder of recipes, a fresh process each, and record every rung as an MLflow run."""
     with wrong_input_exits_2():
-        recipes = plan.find_ladder(name)
-    _measure(name, recipes, only=tuple(each for each in only if each), **chosen)
+        found = plan.find_device(device)
+        recipes, notes = plan.find_ladder(name, found)
+    _measure(name, recipes, notes, found, only=_names(only), **chosen)
 
 
 @main.command()
@@ -168,26 +169,32 @@ def ladder(name: str, only: tuple[str, ...], **chosen: Any) -> None:
 @click.option("--ladder", "ladder_name", default="progressive", show_default=True, help="Where --recipe comes from.")
 @measuring
 @tracked
-def run(names: str, recipe_name: str, ladder_name: str, **chosen: Any) -> None:
+def run(names: str, recipe_name: str, ladder_name: str, device: str, **chosen: Any) -> None:
     """Measure one recipe of your choice. Without any, the baseline: fp32, vanilla attention, eager."""
     with wrong_input_exits_2():
+        found = plan.find_device(device)
         start = Recipe("baseline")
+        notes: tuple[str, ...] = ()
         if recipe_name:
-            known = {recipe.name: recipe for recipe in plan.find_ladder(ladder_name)}
-            start = plan.lookup("recipe", recipe_name, known)
-    added = [name.strip() for name in names.split(",") if name.strip()]
-    more = [name for name in dict.fromkeys(added) if name not in start.optimizations]
+            recipes, notes = plan.find_ladder(ladder_name, found)
+            start = plan.lookup("recipe", recipe_name, {recipe.name: recipe for recipe in recipes})
+    more = [name for name in _names(names) if name not in start.optimizations]
     label = "-".join([*([start.name] if recipe_name or not more else []), *more])
-    _measure("run", (start.plus(label, *more),), only=(), **chosen)
+    _measure("run", (start.plus(label, *more),), notes, found, only=(), **chosen)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def _measure(
     name: str,
     recipes: tuple[Recipe, ...],
+    notes: tuple[str, ...],
+    device: plan.Device,
     *,
     only: tuple[str, ...],
     model: str,
-    device: str,
     weights: str,
     compile_mode: str,
     guidance: float | None,
@@ -208,7 +215,7 @@ def _measure(
             **settings,
         )
         found = plan.find_model(model)
-        planned = plan.plan_ladder(name, recipes, found, plan.find_device(device), chosen)
+        planned = plan.plan_ladder(name, recipes, found, device, chosen, notes)
         for each in only:
             climbing.resolve(planned, each)
         try:

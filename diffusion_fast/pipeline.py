@@ -38,6 +38,12 @@ def call(build: Build) -> list[Any]:
     import torch
 
     spec = build.spec
+    generator = torch.Generator("cpu").manual_seed(spec.seed)
+    # On the CPU and in fp32, so that every device and dtype starts from the same noise. Left to itself the pipeline
+    # draws it in its own dtype, which gave a bf16 rung another image than the fp32 one (docs/experiments.md).
+    scale = build.pipe.vae_scale_factor
+    shape = (spec.batch_size, build.denoiser.config.in_channels, spec.height // scale, spec.width // scale)
+    noise = torch.randn(shape, generator=generator)
     images: list[Any] = build.pipe(
         spec.prompt,
         num_inference_steps=spec.steps,
@@ -45,8 +51,8 @@ def call(build: Build) -> list[Any]:
         height=spec.height,
         width=spec.width,
         num_images_per_prompt=spec.batch_size,
-        # On the CPU, so that every device starts from the same noise.
-        generator=torch.Generator("cpu").manual_seed(spec.seed),
+        generator=generator,
+        latents=noise.to(build.pipe.device, build.denoiser.dtype),
     ).images
     return images
 

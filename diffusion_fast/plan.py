@@ -97,9 +97,15 @@ def plan_recipe(model: Model, recipe: Recipe, device: Device) -> tuple[str, ...]
     return tuple(sorted(names, key=lambda name: (STAGES.index(OPTIMIZATIONS[name].stage), order.index(name))))
 
 
-def plan_ladder(name: str, recipes: Iterable[Recipe], model: Model, device: Device, settings: Settings) -> Ladder:
-    """Specs for every rung and for the reference that their images are compared with."""
-    recipes, notes = _fit_device(tuple(recipes), device)
+def plan_ladder(
+    name: str,
+    recipes: Iterable[Recipe],
+    model: Model,
+    device: Device,
+    settings: Settings,
+    notes: tuple[str, ...] = (),
+) -> Ladder:
+    """Specs for every rung and for the reference that their images are compared with. Raises ValueError."""
     mode = settings.compile_mode or ("max-autotune" if device.kind == "cuda" else "default")
     lookup("compile mode", mode, dict.fromkeys(COMPILE_MODES))
     for what in ("steps", "batch_size", "height", "width"):
@@ -144,28 +150,23 @@ def plan_ladder(name: str, recipes: Iterable[Recipe], model: Model, device: Devi
     )
 
 
-def _fit_device(recipes: tuple[Recipe, ...], device: Device) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
-    """Ladders are written once for all devices: what a first rung takes and this device lacks is left out, and said.
-
-    Only the first rung's names, which every rung shares: without its own names a later rung would measure nothing new.
-    A recipe alone was asked for by name, and is refused by name.
-    """
-    if len(recipes) == 1:
-        return recipes, ()
-    absent = [name for name in recipes[0].optimizations if device.kind not in OPTIMIZATIONS[name].devices]
-    fitted = tuple(
-        Recipe(recipe.name, tuple(name for name in recipe.optimizations if name not in absent), recipe.compile_mode)
-        for recipe in recipes
-    )
-    return fitted, tuple(f"{name} is left out: it runs on another device than this {device.kind}" for name in absent)
-
-
 def find_model(name: str) -> Model:
     return lookup("model", name, MODELS)
 
 
-def find_ladder(name: str) -> tuple[Recipe, ...]:
-    return lookup("ladder", name, LADDERS)
+def find_ladder(name: str, device: Device) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
+    """A ladder's recipes as this device can measure them, and what was left out of them.
+
+    Ladders are written once for all devices. Only names of the first rung, which all rungs share, may be left out:
+    without its own names a later rung would measure nothing new, and is refused.
+    """
+    recipes = lookup("ladder", name, LADDERS)
+    absent = [each for each in recipes[0].optimizations if device.kind not in OPTIMIZATIONS[each].devices]
+    fitted = tuple(
+        Recipe(recipe.name, tuple(each for each in recipe.optimizations if each not in absent), recipe.compile_mode)
+        for recipe in recipes
+    )
+    return fitted, tuple(f"{each} is left out: it runs on another device than this {device.kind}" for each in absent)
 
 
 def lookup(kind: str, name: str, known: Mapping[str, T]) -> T:

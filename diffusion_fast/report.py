@@ -47,12 +47,9 @@ def one_ladder(frame: pd.DataFrame, ladder_id: str | None = None) -> pd.DataFram
     if not known or (ladder_id and ladder_id not in known):
         raise ValueError(f"There is no ladder {ladder_id or ''} here; known are: {', '.join(known) or 'none'}.")
     rungs = frame[frame["ladder_id"] == (ladder_id or known[-1])]
-    # Of several attempts the last one that finished counts.
-    rungs = rungs.sort_values(["rung", "status", "round", "attempt"], ascending=[True, False, True, True])
-    finished_last = rungs.assign(finished=rungs["status"] == "FINISHED").sort_values(
-        ["rung", "finished", "round", "attempt"]
-    )
-    return finished_last.drop(columns="finished").groupby("rung", as_index=False).last()
+    # Of several attempts the last one that finished counts: "FINISHED" sorts after "FAILED".
+    ordered = rungs.sort_values(["rung", "status", "round", "attempt"])
+    return ordered.drop_duplicates("rung", keep="last").reset_index(drop=True)
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -92,8 +89,13 @@ def caption(frame: pd.DataFrame) -> str:
     return (
         f"{first['model']} ({first['weights']} weights), {first['height']}×{first['width']}, {first['steps']} steps, "
         f"batch {first['batch_size']}, {first['device_name'] or first['device']}; "
-        f"speed-ups against {frame['rung'].min()}; PSNR and SSIM against fp32 in eager mode"
+        f"speed-ups against {_base(frame)}; PSNR and SSIM against fp32 in eager mode"
     )
+
+
+def _base(frame: pd.DataFrame) -> str:
+    named = [base for base in frame.get("speedup_base", ()) if base and base == base]
+    return named[0] if named else "a first rung that isn't there yet"
 
 
 def markdown(frame: pd.DataFrame, ladder: Ladder | None = None) -> str:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 EXPERIMENT = "diffusion_fast"
 UI = "http://127.0.0.1:5000"
 DONE = "artifacts_recorded"  # the tag that is set last
+# The UI gives runs colours at random, and may give two rungs the same one. Paul Tol's bright and muted schemes.
+COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#332288", "#999933", "#882255")
 
 
 class TrackingError(Exception):
@@ -39,16 +43,20 @@ class Recorded:
     served: bool  # False: a store on disk, which `diffusion-fast ui` serves at the link's address
 
 
-def configure(tracking_uri: str | None) -> str:
-    """Decide where runs go: the argument, MLFLOW_TRACKING_URI, or mlflow.db in the current folder. Returns the URI."""
+def default_uri() -> str:
+    """Where runs go unless told otherwise: MLFLOW_TRACKING_URI, or mlflow.db in the current folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+def connect(tracking_uri: str | None) -> MlflowClient:
+    """A client for the given or the default store. The process's own MLflow settings stay as they are."""
     # MLflow's own default is four minutes of retries: the results are safe in the spool, so say soon what is wrong.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    import mlflow
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # one link is enough
+    from mlflow import MlflowClient
 
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
-    mlflow.set_tracking_uri(uri)
-    return uri
+    return MlflowClient(tracking_uri or default_uri())
 
 
 def record(
@@ -58,19 +66,21 @@ def record(
 
     Raises TrackingError, and the spool keeps everything.
     """
-    uri = configure(tracking_uri)
-    from mlflow import MlflowClient
+    with _tracking_errors():
+        return _record(connect(tracking_uri), folder, experiment, parent_run_id)
+
+
+@contextmanager
+def _tracking_errors() -> Iterator[None]:
     from mlflow.exceptions import MlflowException
 
     try:
-        return _record(MlflowClient(), uri, folder, experiment, parent_run_id)
+        yield
     except (MlflowException, OSError) as error:
-        raise TrackingError(f"{uri}: {str(error).splitlines()[0][:300]}") from error
+        raise TrackingError(str(error).splitlines()[0][:300]) from error
 
 
-def _record(
-    client: MlflowClient, uri: str, folder: Path, experiment: str | None, parent_run_id: str | None
-) -> Recorded:
+def _record(client: MlflowClient, folder: Path, experiment: str | None, parent_run_id: str | None) -> Recorded:
     ladder = spool.read_ladder(folder)
     parent = _parent(client, ladder, experiment, parent_run_id)
     experiment_id = parent.info.experiment_id
@@ -88,8 +98,8 @@ def _record(
     if view.TAG + ladder.id not in client.get_experiment(experiment_id).tags:
         saved = view.encode(view.view_state(search_filter), name=ladder.id, now_ms=int(time.time() * 1000))
         client.set_experiment_tag(experiment_id, view.TAG + ladder.id, saved)
-    served = uri.startswith("http")
-    link = view.link(uri if served else UI, experiment_id, ladder.id)
+    served = client.tracking_uri.startswith("http")
+    link = view.link(client.tracking_uri if served else UI, experiment_id, ladder.id)
     return Recorded(parent.info.run_id, link, served)
 
 
@@ -130,7 +140,8 @@ def _record_rung(
     finished_ms = _milliseconds(outcome.finished_at)
     if run is None:
         # The tag is what `nested=True` would set, which works in the process of the parent run only.
-        tags = {"mlflow.parentRunId": parent.info.run_id} | rows.labels(outcome, base)
+        color = COLORS[int(outcome.spec.rung.partition("-")[0]) % len(COLORS)]
+        tags = {"mlflow.parentRunId": parent.info.run_id, "mlflow.runColor": color} | rows.labels(outcome, base)
         run = client.create_run(parent.info.experiment_id, finished_ms, tags, outcome.spec.rung)
     has = run.data
     metrics = {key: value for key, value in rows.metrics(outcome, base).items() if key not in has.metrics}
@@ -175,14 +186,9 @@ def finish(
 ) -> Recorded:
     """Record a ladder whole: its rungs, the summary on its own run, and that run's end."""
     recorded = record(folder, experiment=experiment, tracking_uri=tracking_uri, parent_run_id=parent_run_id)
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    client = MlflowClient()
-    try:
-        _finish(client, folder, recorded.parent_run_id, by_mlflow_run=recorded.parent_run_id == parent_run_id)
-    except (MlflowException, OSError) as error:
-        raise TrackingError(str(error).splitlines()[0][:300]) from error
+    with _tracking_errors():
+        by_mlflow_run = recorded.parent_run_id == parent_run_id
+        _finish(connect(tracking_uri), folder, recorded.parent_run_id, by_mlflow_run)
     return recorded
 
 
@@ -211,7 +217,12 @@ def _finish(client: MlflowClient, folder: Path, run_id: str, by_mlflow_run: bool
 
 
 def _search(client: MlflowClient, experiment_id: str, search_filter: str) -> list[Run]:
-    found: list[Run] = list(client.search_runs([experiment_id], search_filter, max_results=1000))
+    found: list[Run] = []
+    token: str | None = None
+    while token != "":
+        page = client.search_runs([experiment_id], search_filter, max_results=1000, page_token=token)
+        found += page
+        token = page.token or ""
     return found
 
 
@@ -226,17 +237,14 @@ def load_runs(experiment: str | None = None, tracking_uri: str | None = None) ->
 
     `experiment` is a name, by default MLFLOW_EXPERIMENT_NAME or "diffusion_fast". ValueError where there is none.
     """
-    configure(tracking_uri)
-    import mlflow
     import pandas as pd
 
+    client = connect(tracking_uri)
     name = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-    found = mlflow.get_experiment_by_name(name)
+    found = client.get_experiment_by_name(name)
     if found is None:
-        raise ValueError(f"There is no experiment {name!r} at {mlflow.get_tracking_uri()}.")
-    runs = mlflow.search_runs([found.experiment_id], "tags.kind = 'rung'", max_results=50_000, output_format="list")
-    flat = [_flat(run) for run in runs]
-    frame = pd.DataFrame(flat)
+        raise ValueError(f"There is no experiment {name!r} at {client.tracking_uri}.")
+    frame = pd.DataFrame([_flat(run) for run in _search(client, found.experiment_id, "tags.kind = 'rung'")])
     if frame.empty:
         return frame
     return frame.sort_values(["ladder_id", "rung", "round", "attempt"], ignore_index=True)

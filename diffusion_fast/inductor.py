@@ -1,0 +1,140 @@
+"""Let Inductor's coordinate descent compile its candidates in parallel, and choose among them as it always does.
+
+The descent compiles a candidate, benchmarks it, and goes on to the next: one core works, mostly at compiling, and
+Inductor's compile workers idle. Here, whenever the descent comes to a candidate that nobody has compiled, the workers
+first compile it and those next in line, one each, into Triton's disk cache. Then the descent compiles as ever, and
+finds them there: the same candidates in the same order, each benchmarked alone, while no worker is busy.
+
+For the kernels to be found, all processes must have one TRITON_CACHE_DIR and one ptxas: launch.py sees to it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import os
+import time
+from concurrent.futures import wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PATIENCE_S = 60.0  # for the slowest of the candidates in line; what isn't done by then the descent compiles itself
+ENVIRONMENT = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")  # may have changed since the workers started
+
+
+@dataclass
+class Prefetch:
+    """What was compiled ahead of the descent since it was installed. A failure here doesn't change what it chooses."""
+
+    kernels: int = 0  # tuned, whether or not anything was compiled ahead for them
+    candidates: int = 0  # given to the workers, who may compile some that the descent then never comes to
+    failed: int = 0  # of these: not compiled, for instance because too large
+    seconds: float = 0.0  # spent waiting for the workers
+    error: str = ""  # the first one
+    given_up: bool = False  # the workers answered nothing for PATIENCE_S: from then on the descent is on its own
+
+    def compile_ahead(self, autotuner: Any, candidate: Any, best: Any, sent: set[Any]) -> None:
+        """Have `candidate` and what comes after it compiled, unless it's in `sent` already; add what was to `sent`."""
+        start = time.monotonic()
+        try:
+            self._compile_ahead(autotuner, candidate, best, sent)
+        except Exception as error:  # whatever it is, the descent can do without
+            self._note(error)
+        self.seconds += time.monotonic() - start
+
+    def _compile_ahead(self, autotuner: Any, candidate: Any, best: Any, sent: set[Any]) -> None:
+        from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+        from torch._inductor.runtime.runtime_utils import triton_config_to_hashable
+
+        tuner, key = autotuner.coordesc_tuner, triton_config_to_hashable(candidate)
+        if key in sent or tuner.lookup_in_cache(candidate) is not None:
+            return
+        if self.given_up or not autotuner.filename or not AsyncCompile.use_process_pool():
+            return
+        # Were more of them sent than there are workers, a new best would make many of them useless before their turn.
+        line = {key: candidate} | {key: config for key, config in next_candidates(tuner, best) if key not in sent}
+        line = dict(itertools.islice(line.items(), get_compile_threads()))
+        sent.update(line)
+        environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
+        job = functools.partial(compile_candidate, environment, autotuner.filename, autotuner.fn.__name__)
+        futures = [AsyncCompile.process_pool().submit(job, config) for config in line.values()]
+        self.candidates += len(futures)
+        done, late = wait(futures, PATIENCE_S)
+        for error in filter(None, (future.exception() for future in done)):
+            self.failed += 1
+            self._note(error)
+        if late:
+            self.failed += len(late)
+            self._note(TimeoutError(f"{len(late)} of {len(futures)} candidates not compiled in {PATIENCE_S:g} s"))
+            self.given_up = not done
+
+    def _note(self, error: BaseException) -> None:
+        # A worker's error holds a whole traceback, whose last line says what it was.
+        self.error = self.error or f"{type(error).__name__}: {str(error).strip().rpartition(chr(10))[2]}"
+
+
+def next_candidates(tuner: Any, best: Any) -> list[tuple[Any, Any]]:
+    """What `tuner`, a CoordescTuner, tries in its next round if `best` stays its best: keys and configs, in order.
+
+    The tuner itself is asked: a copy of it goes one round in which nothing is ever better. What it has already
+    benchmarked is left out.
+    """
+    from torch._inductor.runtime.runtime_utils import triton_config_to_hashable
+
+    found: dict[Any, Any] = {}
+
+    def never_better(function: Any, candidate: Any, best: Any, best_timing: float) -> tuple[bool, float]:
+        if tuner.lookup_in_cache(candidate) is None:
+            found.setdefault(triton_config_to_hashable(candidate), candidate)
+        return False, float("inf")
+
+    scout = copy.copy(tuner)
+    scout.compare_config = never_better
+    scout.autotune(None, best, 1.0)  # a timing is given, so the function to benchmark isn't called
+    return list(found.items())
+
+
+def compile_candidate(environment: dict[str, str], path: str, name: str, config: Any) -> None:
+    """A worker's job: compile one config of the kernel `name` in the module at `path` into Triton's disk cache."""
+    os.environ.update(environment)
+    _kernel(path, name)._precompile_config(config)
+
+
+@functools.lru_cache(maxsize=1)  # a worker is given several configs of one kernel, and then of another
+def _kernel(path: str, name: str) -> Any:
+    from torch._inductor.codecache import PyCodeCache
+
+    return getattr(PyCodeCache.load_by_key_path(Path(path).stem, path), name)
+
+
+@functools.cache
+def parallel_coordinate_descent() -> Prefetch:
+    """Install it in this process, before a compiled module's first call. Every later call returns the same account.
+
+    It sits on private parts of torch, and fails here, at once, where torch no longer has them.
+    """
+    from torch._inductor.runtime.coordinate_descent_tuner import CoordescTuner
+    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+    descend, compare = CachingAutotuner._coordinate_descent_tuning, CoordescTuner.compare_config
+    account = Prefetch()
+
+    @functools.wraps(descend)
+    def descend_behind(autotuner: Any, launcher: Any, *args: Any, **kwargs: Any) -> Any:
+        tuner, sent = autotuner.coordesc_tuner, set[Any]()
+
+        def compare_config(function: Any, candidate: Any, best: Any, best_timing: float) -> Any:
+            account.compile_ahead(autotuner, candidate, best, sent)
+            return compare(tuner, function, candidate, best, best_timing)
+
+        account.kernels += 1
+        tuner.compare_config = compare_config
+        try:
+            return descend(autotuner, launcher, *args, **kwargs)
+        finally:
+            del tuner.compare_config  # the autotuner may yet be pickled, and closures can't be
+
+    CachingAutotuner._coordinate_descent_tuning = descend_behind
+    return account

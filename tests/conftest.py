@@ -1,0 +1,95 @@
+"""Ladders that were never measured, for tests of everything that comes after a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from diffusion_fast import plan, rows, spool
+from diffusion_fast.spec import Failure, Ladder, Outcome, Result, RunSpec
+
+CPU = plan.Device("cpu", "CPU")
+H100 = plan.Device("cuda", "NVIDIA H100", (9, 0))
+
+
+def planned(name: str = "progressive", device: plan.Device = CPU, model: str = "tiny", **settings: Any) -> Ladder:
+    chosen = plan.Settings(**settings)
+    recipes, notes = plan.find_ladder(name, device)
+    return plan.plan_ladder(name, recipes, plan.find_model(model), device, chosen, notes)
+
+
+def result(spec: RunSpec, seconds: float = 1.0, **changes: Any) -> Result:
+    """A result that nobody measured."""
+    made = Result(
+        spec=spec,
+        finished_at="2026-01-02T03:04:05+00:00",
+        pipeline_cls="StableDiffusionXLPipeline",
+        ckpt_id="tiny (embedded)",
+        applied={},
+        import_s=4.0,
+        load_s=0.5,
+        first_call_s=9.0,
+        cache_state="cold" if "compile" in spec.optimizations else "none",
+        cache_shared=False,
+        warmup_s=(seconds, seconds),
+        warmed_up=True,
+        samples_s=(seconds * 0.9, seconds, seconds * 1.1),
+        latency_median_s=seconds,
+        latency_p10_s=seconds * 0.9,
+        latency_p90_s=seconds * 1.1,
+        phases={"denoising_s": seconds * 0.8, "denoising_step_s": seconds * 0.08, "vae_decode_s": seconds * 0.1},
+        memory={"peak_rss_gib": 0.5},
+        image_repeats=True,
+        psnr_db=40.0,
+        ssim=0.99,
+        environment={"cpu": "a processor", "torch": "2.13.0"},
+    )
+    return replace(made, **changes)
+
+
+def failure(spec: RunSpec, **changes: Any) -> Failure:
+    made = Failure(
+        spec=spec,
+        finished_at="2026-01-02T03:04:05+00:00",
+        reason="timeout",
+        message="not done after 10 s",
+        stage="first call",
+        elapsed_s=10.0,
+        traceback="Traceback: why",
+    )
+    return replace(made, **changes)
+
+
+def keep(folder: Path, outcome: Outcome) -> Path:
+    """Put an outcome into the spool as a worker would."""
+    run_folder = spool.run_folder(folder, outcome.spec)
+    spool.write_json(run_folder / spool.SPEC, outcome.spec.to_dict())
+    spool.write_text(run_folder / spool.LOG, "what the libraries said\n")
+    if isinstance(outcome, Failure):
+        spool.write_json(run_folder / spool.FAILURE, outcome.to_dict())
+        return run_folder
+    hue = 40 * int(outcome.spec.rung[:2])
+    for name in ("image.png", "image.jpg"):
+        Image.new("HSV", (64, 64), (hue, 200, 200)).convert("RGB").save(run_folder / name)
+    spool.write_text(run_folder / "result.csv", rows.seed_csv([rows.row(outcome, None)]))
+    spool.write_json(run_folder / spool.RESULT, outcome.to_dict())
+    return run_folder
+
+
+@pytest.fixture
+def climbed(tmp_path: Path) -> Callable[..., Path]:
+    """A function that makes a spooled ladder whose rungs took the given seconds; None is a rung that failed."""
+
+    def make(seconds: tuple[float | None, ...] = (6.0, 5.0, 4.0, 3.0, 2.0, 1.0), name: str = "spool") -> Path:
+        ladder = planned()
+        folder = spool.save_ladder(tmp_path / name, ladder)
+        for spec, each in zip(ladder.rungs, seconds, strict=False):
+            keep(folder, failure(spec) if each is None else result(spec, each))
+        return folder
+
+    return make

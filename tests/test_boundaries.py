@@ -1,0 +1,77 @@
+"""Who imports what: the parent never torch, the worker never mlflow, and only tracking.py mlflow."""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import diffusion_fast
+
+PACKAGE = Path(diffusion_fast.__file__).parent
+DATA = ("spec", "models", "recipes", "optimizations", "plan", "spool", "rows", "launch", "ladder", "view", "cli")
+
+
+def imported_by(statement: str) -> set[str]:
+    script = f"import sys; {statement}; import json; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run((sys.executable, "-c", script), capture_output=True, text=True, check=True)
+    return {name.partition(".")[0] for name in json.loads(done.stdout.splitlines()[-1])}
+
+
+def test_the_command_line_starts_without_any_heavy_library() -> None:
+    found = imported_by("import diffusion_fast.cli, diffusion_fast")
+    assert not found & {"torch", "mlflow", "pandas", "numpy", "matplotlib", "diffusers", "rich", "pynvml"}
+
+
+def test_the_parent_records_and_reports_without_torch() -> None:
+    statement = (
+        "import diffusion_fast.tracking as t, diffusion_fast.report as r, diffusion_fast.plan as p; "
+        "p.find_device(); t.connect('sqlite://'); import pandas, matplotlib, rich"
+    )
+    found = imported_by(statement)
+    assert "mlflow" in found
+    assert not found & {"torch", "diffusers", "transformers"}
+
+
+def test_a_worker_lives_without_mlflow(tmp_path: Path) -> None:
+    """A whole measurement, parent included, on a machine where mlflow can't be imported."""
+    (tmp_path / "mlflow.py").write_text("raise ImportError('not on this machine')")
+    command = ("run", "--no-track", "--steps", "1", "--spool", "spool")
+    done = subprocess.run(
+        (sys.executable, "-m", "diffusion_fast", *command),
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{PACKAGE.parent}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list((tmp_path / "spool").glob("*/00-baseline/r1-a1/result.json"))
+
+
+def test_only_tracking_imports_mlflow() -> None:
+    importers = {
+        path.name
+        for path in PACKAGE.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if (isinstance(node, ast.Import) and any(name.name.startswith("mlflow") for name in node.names))
+        or (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlflow"))
+    }
+    assert importers == {"tracking.py"}
+
+
+def test_imports_go_one_way() -> None:
+    """Each module imports only modules that stand before it."""
+    order = (
+        "spec models recipes optimizations plan spool rows fidelity measure environment inductor pipeline worker "
+        "launch ladder report view tracking cli __main__"
+    ).split()
+    for path in PACKAGE.glob("*.py"):
+        if path.stem == "__init__":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diffusion_fast"):
+                parts = (node.module or "").split(".")
+                names = parts[1:2] or [alias.name for alias in node.names]
+                for name in names:
+                    assert order.index(name) < order.index(path.stem), f"{path.name} imports {name}"

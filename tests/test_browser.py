@@ -1,0 +1,110 @@
+"""The saved view in a real browser: bars, samples and images of every rung, without a click."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from diffusion_fast import spool, tracking
+
+CHROMIUM = shutil.which("chromium")
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-background-networking --disable-quic --no-first-run "
+    "--disable-component-update --disable-sync"
+).split()
+
+# Every drawn card by its title. Plotly keeps the figure on its element. An image's width is 0 until it has loaded.
+CARDS = """() => Object.fromEntries(
+  [...document.querySelectorAll('[data-testid=experiment-view-compare-runs-card]')].map(card => {
+    const traces = card.querySelector('.js-plotly-plot')?.data ?? [], words = card.innerText.split('\\n');
+    return [words[0], {
+      words,
+      bars: card.querySelectorAll('.barlayer .point').length,
+      lines: traces.filter(trace => trace.type.startsWith('scatter')).map(trace => [trace.name, [...trace.y]]),
+      widths: [...card.querySelectorAll('img')].map(image => image.complete ? image.naturalWidth : 0),
+    }];
+  }))"""
+BARS = ("latency_median_s", "speedup", "peak_memory_gib", "psnr_db")
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """MLflow's UI on the test's own store."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = (sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    artifacts = ("--default-artifact-root", str(tmp_path / "artifacts"), "--workers", "1")
+    with (tmp_path / "ui.log").open("w") as log:
+        process = subprocess.Popen((*command, *artifacts, "--port", str(port)), stdout=log, stderr=log, cwd=tmp_path)
+        try:
+            for _ in range(240):
+                try:
+                    urllib.request.urlopen(f"{url}/health", timeout=1).close()
+                    break
+                except OSError:
+                    time.sleep(0.25)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_the_link_opens_on_bars_samples_and_images(server: str, climbed: Callable[..., Path]) -> None:
+    """Recorded through the server, beside another ladder that must not show."""
+    tracking.finish(climbed((1.0,), "other"), tracking_uri=server)
+    folder = climbed()
+    recorded = tracking.finish(folder, tracking_uri=server)
+    rungs = [spec.rung for spec in spool.read_ladder(folder).rungs]
+    assert recorded.served
+    assert recorded.link.startswith(server)
+    cards = _look(recorded.link, lambda cards: not _missing(cards, rungs))
+    assert _missing(cards, rungs) == []
+
+
+def _missing(cards: dict[str, dict[str, Any]], rungs: list[str]) -> list[str]:
+    """What a person would miss on the page."""
+    found = [f"no card {title}" for title in (*BARS, "latency_sample_s", "output") if title not in cards]
+    if found:
+        return found
+    found += [f"{title}: {cards[title]['bars']} bars" for title in BARS if cards[title]["bars"] != len(rungs)]
+    found += [f"{title}: no {rung}" for title in BARS for rung in rungs if rung not in cards[title]["words"]]
+    lines = cards["latency_sample_s"]["lines"]
+    if {name for name, _ in lines} != set(rungs) or any(len(y) != 3 for _, y in lines):
+        found.append(f"samples: {lines}")
+    loaded = sum(width > 0 for width in cards["output"]["widths"])
+    if loaded != len(rungs):
+        found.append(f"{loaded} images")
+    return found
+
+
+def _look(url: str, enough: Callable[[dict[str, Any]], bool], seconds: float = 60) -> dict[str, dict[str, Any]]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        try:
+            # Tall, because a card is drawn only when it comes into view.
+            page = browser.new_page(viewport={"width": 1600, "height": 2500})
+            page.goto(url)
+            end = time.monotonic() + seconds
+            cards: dict[str, dict[str, Any]] = {}
+            while time.monotonic() < end:
+                cards = page.evaluate(CARDS)
+                if enough(cards):
+                    break
+                page.wait_for_timeout(500)
+            return cards
+        finally:
+            browser.close()

@@ -1,0 +1,187 @@
+"""Commands, their exit codes and what they say. Measurements are pretended here."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from diffusion_fast import ladder as climbing
+from diffusion_fast import spool
+from diffusion_fast.cli import main
+from diffusion_fast.spec import Outcome, RunSpec
+from tests.conftest import failure, keep, result
+
+
+@pytest.fixture(autouse=True)
+def nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "DIFFUSION_FAST_SPOOL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Workers that finish at once; those rungs fail whose recipe is in the list `failing`."""
+    failing: list[str] = []
+
+    def launch(spec: RunSpec, folder: Path, timeout_s: float, shared_cache: Path | None) -> Outcome | None:
+        if spec.role == "reference":
+            spool.reference_file(folder).parent.mkdir()
+            spool.reference_file(folder).touch()
+            return None
+        outcome = failure(spec) if spec.recipe in failing else result(spec, 1.0 + len(spec.optimizations))
+        keep(folder, outcome)
+        return outcome
+
+    monkeypatch.setattr(climbing, "launch", launch)
+    yield failing
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(main, arguments, catch_exceptions=False)
+
+
+def test_list_names_everything() -> None:
+    text = invoke("list").output
+    assert all(word in text for word in ("tiny", "sdxl", "int8_dynamic", "progressive", "+ bf16"))
+    data = json.loads(invoke("list", "--json").output)
+    assert data["models"]["sdxl"]["hub_id"] == "stabilityai/stable-diffusion-xl-base-1.0"
+    assert data["optimizations"]["int8_dynamic"]["requires"] == [["bf16", "fp16"], ["compile"]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("ladder", "--model", "tinny"), "nearest are tiny"),
+        (("ladder", "--ladder", "progresive"), "nearest are progressive"),
+        (("run", "--with", "bf61"), "nearest are bf16"),
+        (("run", "--recipe", "fused"), "nearest are fused-qkv"),
+        (("run", "--with", "int8_dynamic"), "int8_dynamic requires"),
+        (("run", "--with", "fused_qkv"), "fused_qkv requires sdpa"),
+        (("run", "--with", "fp8_dynamic", "--device", "cpu"), "There is no optimization 'fp8_dynamic'"),
+        (("ladder", "--only", "compil"), "nearest are"),
+        (("ladder", "--weights", "random"), "can't be built from random weights"),
+        (("ladder", "--weights", "/nowhere"), "model_index.json"),
+        (("ladder", "--steps", "many"), "many"),
+        (("ladder", "--steps", "0"), "steps must be at least 1"),
+        (("report", "."), "There is no ladder"),
+        (("sync", "."), "There is no ladder"),
+        (("report",), "no experiment 'diffusion_fast'"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_code_2(arguments: tuple[str, ...], says: str, tmp_path: Path) -> None:
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert says in done.output
+    assert "Traceback" not in done.output
+    assert not (tmp_path / "spool").exists()
+
+
+def test_cuda_where_there_is_none_is_exit_code_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    done = invoke("ladder", "--device", "cuda")
+    assert (done.exit_code, "no CUDA device" in done.output) == (2, True)
+
+
+def test_weights_out_of_reach_are_exit_code_1_and_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    done = invoke("run", "--model", "sdxl")
+    assert done.exit_code == 1
+    assert "--weights random" in done.output
+    assert "--weights FOLDER" in done.output
+
+
+def test_weights_that_are_not_safetensors_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    (folder / "unet").mkdir(parents=True)
+    (folder / "model_index.json").write_text("{}")
+    (folder / "unet" / "model.bin").touch()
+    done = invoke("run", "--model", "sdxl", "--weights", str(folder))
+    assert (done.exit_code, "holds no .safetensors" in done.output) == (2, True)
+
+
+def test_a_ladder_ends_with_a_table_and_a_link(pretended: list[str]) -> None:
+    done = invoke("ladder")
+    assert done.exit_code == 0, done.output
+    assert "tf32 is left out" in done.output
+    assert "speed-up" in done.output
+    assert "viewStateShareKey=" in done.output
+
+
+def test_a_failed_rung_stops_nothing_and_is_exit_code_1(pretended: list[str]) -> None:
+    pretended.append("sdpa")
+    done = invoke("ladder", "--no-track")
+    assert done.exit_code == 1
+    assert "05-int8-dynamic" in done.output
+    assert "1 of 6 measurements failed" in done.output
+    assert "02-sdpa/r1-a1/log.txt" in done.output
+
+
+def test_resume_measures_what_is_missing(pretended: list[str], tmp_path: Path) -> None:
+    pretended.append("sdpa")
+    invoke("ladder", "--no-track")
+    pretended.clear()
+    done = invoke("ladder", "--no-track", "--resume")
+    assert (done.exit_code, "1 of 6 rungs to measure" in done.output) == (0, True)
+    assert "02-sdpa, attempt 2" in done.output
+    again = invoke("ladder", "--no-track", "--resume", "true")
+    assert "0 of 6 rungs to measure" in again.output
+    assert len(spool.find_ladders(tmp_path / "spool")) == 1
+    invoke("ladder", "--no-track", "--resume", "false", "--only", "bf16")
+    assert len(spool.find_ladders(tmp_path / "spool")) == 2
+
+
+def test_only_measures_the_named_rungs_and_later_the_others(pretended: list[str]) -> None:
+    done = invoke("ladder", "--no-track", "--only", "bf16, 00-baseline")
+    assert "2 of 6 rungs to measure" in done.output
+    rest = invoke("ladder", "--no-track", "--resume")
+    assert "4 of 6 rungs to measure" in rest.output
+
+
+def test_run_measures_a_recipe_of_ones_own(pretended: list[str], tmp_path: Path) -> None:
+    invoke("run", "--no-track", "--with", "sdpa,bf16")
+    invoke("run", "--no-track", "--recipe", "bf16", "--with", "channels_last", "--device", "cpu")
+    invoke("run", "--no-track")
+    ladders = [spool.read_ladder(folder) for folder in spool.find_ladders(tmp_path / "spool")]
+    assert {(each.rungs[0].rung, each.rungs[0].optimizations) for each in ladders} == {
+        ("00-sdpa-bf16", ("bf16", "sdpa")),
+        ("00-baseline", ()),
+        ("00-bf16-channels_last", ("bf16", "channels_last")),
+    }
+
+
+def test_a_dead_tracking_server_costs_no_result(pretended: list[str], tmp_path: Path) -> None:
+    done = invoke("ladder", "--tracking-uri", "http://127.0.0.1:9", "--only", "baseline")
+    assert done.exit_code == 1
+    folder = spool.find_ladders(tmp_path / "spool")[0]
+    assert f"diffusion-fast sync spool/{folder.name}" in done.output
+    assert len(list(spool.outcomes(folder))) == 1
+    done = invoke("sync", "spool")
+    assert (done.exit_code, "viewStateShareKey=" in done.output) == (0, True)
+
+
+def test_report_reads_the_spool_and_mlflow_alike(pretended: list[str], tmp_path: Path) -> None:
+    invoke("ladder")
+    from_spool = invoke("report", "spool", "--output", "one")
+    from_mlflow = invoke("report", "--output", "two")
+    assert from_spool.exit_code == from_mlflow.exit_code == 0
+    assert (tmp_path / "one/report.md").read_text() == (tmp_path / "two/report.md").read_text()
+
+
+def test_interrupting_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(climbing, "launch", interrupt)
+    done = invoke("ladder", "--no-track")
+    assert (done.exit_code, "--resume" in done.output) == (130, True)
+
+
+def test_sync_takes_folders_made_elsewhere(climbed: Callable[..., Path]) -> None:
+    first, second = climbed(), climbed((1.0,), "elsewhere")
+    done = invoke("sync", str(first.parent))
+    assert first.name in done.output
+    assert invoke("sync", str(second)).exit_code == 0

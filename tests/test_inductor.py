@@ -1,0 +1,215 @@
+"""Compiling ahead of the coordinate descent: the descent is torch's own, its kernels and its workers are fakes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pickle
+import threading
+import types
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch._inductor import async_compile
+from torch._inductor.runtime.coordinate_descent_tuner import CoordescTuner
+from torch._inductor.runtime.hints import HeuristicType
+from torch._inductor.runtime.runtime_utils import triton_config_to_hashable as key_of
+from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+from diffusion_fast import inductor
+
+
+class Config:
+    """triton.Config, for what the tuner reads of it: Triton isn't installed on a CPU."""
+
+    def __init__(self, num_warps: int = 4, num_stages: int = 1, **kwargs: int):
+        self.kwargs, self.num_warps, self.num_stages = kwargs, num_warps, num_stages
+
+
+KERNELS = {
+    "pointwise": (Config(XBLOCK=256), {"x": 2**22}),
+    "tiled": (Config(XBLOCK=32, YBLOCK=32), {"x": 4096, "y": 512}),
+    "reduction": (Config(XBLOCK=1, R0_BLOCK=1024), {"x": 64, "r0_": 4096}),
+    "small": (Config(XBLOCK=1, num_warps=1), {"x": 1}),
+    "split": (Config(XBLOCK=1, NUM_STAGES=2, RSPLIT_SIZE=2), {"x": 4096, "r0_": 512}),
+}
+
+
+def a_tuner(kernel: str, all_directions: bool = True) -> CoordescTuner:
+    meta = {"warp_size": 32, "max_threads_per_block": 1024}
+    meta["coordinate_descent_check_all_directions"] = all_directions
+    split = "RSPLIT_SIZE" in KERNELS[kernel][0].kwargs
+    return CoordescTuner(is_mix_order_reduction=split, size_hints=KERNELS[kernel][1], inductor_meta=meta)
+
+
+def milliseconds(config: Any) -> float:
+    """A landscape with its optimum some steps, some of them diagonal, from where the descents start."""
+    if config.num_warps == 16:
+        raise RuntimeError("out of resources")
+    wanted = {"XBLOCK": 64, "YBLOCK": 8, "R0_BLOCK": 2048, "num_warps": 8}
+    found = config.kwargs | {"num_warps": config.num_warps}
+    off = [max(wanted[name] / found[name], found[name] / wanted[name]) for name in wanted if name in found]
+    return 1 + max(off) + 0.01 * sum(off)
+
+
+class Autotuner(CachingAutotuner):  # type: ignore[misc]
+    """Inductor's own, up to compiling and benchmarking."""
+
+    def __init__(self, kernel: str):
+        self.coordesc_tuner = a_tuner(kernel)
+        self.size_hints = KERNELS[kernel][1]
+        self.fn = types.SimpleNamespace(fn=print, src="", __name__="triton_fake")
+        self.filename: str | None = "/cache/fake.py"
+        self.lock, self.heuristic_type, self.save_cache_hook = threading.Lock(), HeuristicType.POINTWISE, None
+        self.autotune_time_taken_ns = 0
+        self.compiled: list[Any] = []
+
+    def _precompile_config(self, cfg: Any) -> Any:
+        self.compiled.append(key_of(cfg))
+        launcher = types.SimpleNamespace(config=cfg, n_regs=0, n_spills=0, shared=0, cache_hash="")
+        return types.SimpleNamespace(make_launcher=lambda: launcher)
+
+    def bench(self, launcher: Any, *args: Any, **kwargs: Any) -> float:
+        return milliseconds(launcher.config)
+
+
+class Workers:
+    """A pool that notes what it was given, and fails as told: at the door, in the job, or by never answering."""
+
+    def __init__(self, trouble: str = ""):
+        self.trouble = trouble
+        self.given: list[Any] = []
+
+    def submit(self, job: Any, config: Any) -> Future[None]:
+        if self.trouble == "closed":
+            raise RuntimeError("Attempting to use a closed pool")
+        pickle.dumps(functools.partial(job, config))
+        self.given.append(key_of(config))
+        future: Future[None] = Future()
+        if self.trouble == "failing":
+            future.set_exception(RuntimeError("in a worker:\nTraceback\nValueError: numel too large"))
+        elif self.trouble != "silent":
+            future.set_result(None)
+        return future
+
+
+@pytest.fixture
+def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Install it, with the given fake workers, for one test."""
+
+    def with_workers(workers: Workers, threads: int = 16) -> inductor.Prefetch:
+        monkeypatch.setattr(async_compile.AsyncCompile, "use_process_pool", lambda: True)
+        monkeypatch.setattr(async_compile.AsyncCompile, "process_pool", lambda: workers)
+        monkeypatch.setattr(async_compile, "get_compile_threads", lambda: threads)
+        monkeypatch.setattr(CachingAutotuner, "_coordinate_descent_tuning", CachingAutotuner._coordinate_descent_tuning)
+        inductor.parallel_coordinate_descent.cache_clear()
+        return inductor.parallel_coordinate_descent()
+
+    yield with_workers
+    inductor.parallel_coordinate_descent.cache_clear()
+
+
+def descend(kernel: str) -> tuple[list[Any], Any]:
+    """What was compiled, in order, and what was chosen."""
+    autotuner = Autotuner(kernel)
+    start = types.SimpleNamespace(config=KERNELS[kernel][0])
+    best = autotuner._coordinate_descent_tuning(start).config
+    assert "compare_config" not in vars(autotuner.coordesc_tuner)
+    return autotuner.compiled, key_of(best)
+
+
+@pytest.mark.parametrize("all_directions", [True, False])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_next_candidates_are_those_of_a_real_round(kernel: str, all_directions: bool) -> None:
+    best, tuner = KERNELS[kernel][0], a_tuner(kernel, all_directions)
+    tuner.cache_benchmark_result(best, 1.0)
+    expected = inductor.next_candidates(tuner, best)
+    again = inductor.next_candidates(tuner, best)
+    tried: list[Any] = []
+    tuner.autotune(lambda config: tried.append(key_of(config)) or 2.0, best, 1.0)
+    assert [key for key, _ in expected] == [key for key, _ in again] == tried  # asking changed nothing
+    assert all(key == key_of(config) for key, config in expected)
+    assert inductor.next_candidates(tuner, best) == []  # all is benchmarked by now
+
+
+@pytest.mark.parametrize("threads", [2, 16])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_descent_is_the_same_and_finds_everything_compiled(install: Any, kernel: str, threads: int) -> None:
+    stock = descend(kernel)
+    workers = Workers()
+    account = install(workers, threads)
+    assert descend(kernel) == stock
+    assert set(stock[0]) - {key_of(KERNELS[kernel][0])} <= set(workers.given)
+    assert len(workers.given) == len(set(workers.given)) == account.candidates
+    assert (account.kernels, account.failed, account.error, account.given_up) == (1, 0, "", False)
+
+
+def test_nothing_is_given_before_the_descent_needs_it(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    workers, events = Workers(), []
+    install(workers, threads=4)
+    compile_one, submit = Autotuner._precompile_config, workers.submit
+    monkeypatch.setattr(workers, "submit", lambda job, config: (events.append("sent"), submit(job, config))[1])
+
+    def precompile(autotuner: Autotuner, config: Any) -> Any:
+        events.append("needed" if key_of(config) in workers.given else "start")
+        return compile_one(autotuner, config)
+
+    monkeypatch.setattr(Autotuner, "_precompile_config", precompile)
+    descend("tiled")
+    assert events[:6] == ["start", "sent", "sent", "sent", "sent", "needed"]
+    assert max(len(run) for run in " ".join(events).replace("start", "needed").split("needed")) <= len(" sent" * 4) + 1
+
+
+@pytest.mark.parametrize("trouble", ["closed", "failing", "silent"])
+def test_trouble_with_the_workers_leaves_the_descent_alone(
+    install: Any, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    monkeypatch.setattr(inductor, "PATIENCE_S", 0.01)
+    stock = descend("tiled")
+    workers = Workers(trouble)
+    account = install(workers)
+    assert descend("tiled") == stock
+    assert account.failed == account.candidates == len(workers.given)
+    said = {"closed": "closed pool", "failing": "ValueError: numel too large", "silent": "16 candidates not compiled"}
+    assert said[trouble] in account.error
+    assert account.given_up == (trouble == "silent")
+    if account.given_up:
+        assert account.candidates == 16  # asked once, never again
+
+
+def test_an_error_in_the_search_itself_reaches_nobody(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = descend("reduction")
+    account = install(Workers())
+    monkeypatch.setattr(inductor, "next_candidates", lambda *_: 1 / 0)
+    assert descend("reduction") == stock
+    assert (account.candidates, account.error) == (0, "ZeroDivisionError: division by zero")
+
+
+def test_without_a_file_or_workers_nothing_is_sent(install: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = descend("pointwise")
+    account = install(Workers("closed"))
+    monkeypatch.setattr(async_compile.AsyncCompile, "use_process_pool", lambda: False)
+    assert descend("pointwise") == stock
+    assert (account.kernels, account.candidates, account.error) == (1, 0, "")
+
+
+def test_installing_twice_is_installing_once(install: Any) -> None:
+    workers = Workers()
+    account = install(workers)
+    installed = CachingAutotuner._coordinate_descent_tuning
+    assert inductor.parallel_coordinate_descent() is account
+    assert CachingAutotuner._coordinate_descent_tuning is installed
+
+
+def test_the_job_compiles_a_config_of_the_kernel_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "cabc.py"
+    source.write_text("class Kernel:\n    done = []\n    _precompile_config = done.append\ntriton_fake = Kernel\n")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "elsewhere")
+    job = functools.partial(inductor.compile_candidate, {"TRITON_CACHE_DIR": str(tmp_path)}, str(source), "triton_fake")
+    for warps in (2, 4):
+        pickle.loads(pickle.dumps(functools.partial(job, Config(warps))))()
+    assert [config.num_warps for config in inductor._kernel(str(source), "triton_fake").done] == [2, 4]
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path)

@@ -1,0 +1,112 @@
+"""A worker's end is always an outcome, whatever the end was."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from diffusion_fast import launch, spool
+from diffusion_fast.spec import Failure, RunSpec
+from tests.conftest import planned
+
+
+def prepared(tmp_path: Path, **changes: object) -> tuple[Path, RunSpec]:
+    ladder = planned(steps=1)
+    return spool.save_ladder(tmp_path, ladder), replace(ladder.rungs[0], **changes)  # type: ignore[arg-type]
+
+
+def impostor(tmp_path: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put a shell script in the interpreter's place; its last argument is the run folder."""
+    path = tmp_path / "python"
+    path.write_text(
+        f'#!/bin/sh\nfor folder; do :; done\nprintf "     0.1 s  loading\\n" > "$folder/progress.txt"\n{script}\n'
+    )
+    path.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(path))
+
+
+def test_a_killed_worker_is_a_failure_with_the_stage_it_had_reached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, spec = prepared(tmp_path)
+    impostor(tmp_path, "kill -KILL $$", monkeypatch)
+    outcome = launch.launch(spec, folder, timeout_s=60)
+    assert isinstance(outcome, Failure)
+    assert (outcome.reason, outcome.stage) == ("killed", "loading")
+    assert "SIGKILL" in outcome.message
+    assert spool.read_outcome(spool.run_folder(folder, spec)) == outcome
+
+
+def test_a_worker_that_takes_too_long_is_ended_with_its_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, spec = prepared(tmp_path)
+    child = tmp_path / "child"
+    impostor(tmp_path, f"sleep 60 & echo $! > {child}\nwait", monkeypatch)
+    outcome = launch.launch(spec, folder, timeout_s=1)
+    assert isinstance(outcome, Failure)
+    assert (outcome.reason, outcome.message) == ("timeout", "not done after 1 s")
+    state = Path(f"/proc/{child.read_text().strip()}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_a_worker_that_leaves_without_a_word_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, spec = prepared(tmp_path)
+    impostor(tmp_path, "exit 3", monkeypatch)
+    outcome = launch.launch(spec, folder, timeout_s=60)
+    assert isinstance(outcome, Failure)
+    assert "exit code 3" in outcome.message
+
+
+def test_an_exception_in_the_worker_is_a_failure_with_its_traceback_and_log(tmp_path: Path) -> None:
+    folder, spec = prepared(tmp_path, weights=str(tmp_path / "nothing"))
+    outcome = launch.launch(spec, folder, timeout_s=300)
+    assert isinstance(outcome, Failure)
+    assert (outcome.reason, outcome.stage) == ("exception", "loading")
+    assert "nothing" in outcome.message
+    assert "Traceback" in outcome.traceback
+    assert "Traceback" in (spool.run_folder(folder, spec) / spool.LOG).read_text()
+    assert outcome.environment["torch"]
+
+
+def test_running_out_of_memory_is_its_own_reason() -> None:
+    import torch
+
+    from diffusion_fast import worker
+
+    assert worker._is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert worker._is_out_of_memory(MemoryError())
+    assert not worker._is_out_of_memory(RuntimeError("memory"))
+
+
+def test_caches_are_a_rungs_own_unless_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, spec = prepared(tmp_path)
+    seen = tmp_path / "seen"
+    impostor(
+        tmp_path, f"echo $TORCHINDUCTOR_CACHE_DIR $TRITON_CACHE_DIR $DIFFUSION_FAST_CACHE_SHARED >> {seen}", monkeypatch
+    )
+    launch.launch(spec, folder, timeout_s=60)
+    launch.launch(spec, folder, timeout_s=60, shared_cache=tmp_path / "all")
+    own = folder / ".cache" / "00-baseline"
+    assert seen.read_text().splitlines() == [
+        f"{own}/inductor {own}/triton 0",
+        f"{tmp_path}/all/inductor {tmp_path}/all/triton 1",
+    ]
+
+
+def test_inductors_workers_and_its_parent_assemble_with_the_same_ptxas(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "torch"
+    (package / "bin").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
+    assert launch._ptxas() == {}
+    (package / "bin" / "ptxas").touch()
+    assert launch._ptxas() == {"TRITON_PTXAS_PATH": str(package / "bin" / "ptxas")}
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/mine")
+    assert launch._ptxas() == {}

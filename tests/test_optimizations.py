@@ -1,0 +1,209 @@
+"""Each optimization leaves the state that it claims, on the bundled model, and says so when it can't."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
+
+from diffusion_fast import optimizations as registry
+from diffusion_fast.models import MODELS
+from diffusion_fast.optimizations import OPTIMIZATIONS, Build
+from diffusion_fast.pipeline import build_pipeline, byte_tokenizer, call
+from diffusion_fast.plan import plan_recipe
+from diffusion_fast.spec import Recipe
+from tests.conftest import CPU, planned
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def build(*names: str, **changes: Any) -> tuple[Build, dict[str, dict[str, Any]]]:
+    ordered = plan_recipe(MODELS["tiny"], Recipe("mine", names), CPU)
+    spec = replace(planned(steps=2).rungs[0], optimizations=ordered, **changes)
+    return build_pipeline(spec, lambda stage: None)
+
+
+def processors(network: Any) -> set[type]:
+    return {type(processor) for processor in network.attn_processors.values()}
+
+
+@pytest.fixture(scope="module")
+def plain_image() -> bytes:
+    with torch.no_grad():
+        return call(build()[0])[0].tobytes()
+
+
+def test_the_baseline_is_fp32_vanilla_and_without_tf32() -> None:
+    torch.set_float32_matmul_precision("high")
+    made, applied = build()
+    assert applied == {}
+    assert processors(made.pipe.unet) == processors(made.pipe.vae) == {AttnProcessor}
+    for name in ("text_encoder", "text_encoder_2"):
+        assert getattr(made.pipe, name).config._attn_implementation == "eager"
+    assert {p.dtype for _, network in made.networks() for p in network.parameters()} == {torch.float32}
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_the_same_seed_gives_the_same_image_and_another_seed_another(plain_image: bytes) -> None:
+    assert call(build()[0])[0].tobytes() == plain_image
+    assert call(build(seed=1)[0])[0].tobytes() != plain_image
+
+
+def test_batches_are_as_large_as_asked() -> None:
+    assert len(call(build(batch_size=2)[0])) == 2
+
+
+def test_every_dtype_starts_from_the_same_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    for names in ((), ("bf16",)):
+        made, _ = build(*names)
+        original = made.pipe.prepare_latents
+
+        def prepared(*args: Any, latents: Any = None, original: Any = original) -> Any:
+            seen.append(args[-1] if latents is None else latents)
+            return original(*args) if latents is None else original(*args, latents=latents)
+
+        made.pipe.prepare_latents = prepared
+        call(made)
+    assert torch.equal(seen[0].to(torch.bfloat16), seen[1])
+
+
+def test_bf16_reaches_every_parameter_and_proves_it() -> None:
+    made, _ = build("bf16")
+    assert made.proofs["bf16"]() == {"dtype": "bfloat16"}
+    made.pipe.vae.decoder.conv_out.to(torch.float32)
+    with pytest.raises(RuntimeError, match="bf16: vae still has parameters"):
+        made.proofs["bf16"]()
+
+
+def test_tf32_is_switched_on_by_name_alone() -> None:
+    made, _ = build()
+    assert OPTIMIZATIONS["tf32"].apply(made) == {"matmul": "high", "cudnn": True}
+    build()
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_sdpa_reaches_unet_vae_and_text_encoders() -> None:
+    made, applied = build("sdpa")
+    assert processors(made.pipe.unet) == processors(made.pipe.vae) == {AttnProcessor2_0}
+    assert made.pipe.text_encoder_2.config._attn_implementation == "sdpa"
+    layers = sum(isinstance(m, Attention) for part in (made.pipe.unet, made.pipe.vae) for m in part.modules())
+    assert applied["sdpa"] == {"attention_layers": layers + 2 + 2}
+
+
+def test_channels_last_changes_every_convolution_and_not_the_image(plain_image: bytes) -> None:
+    made, applied = build("channels_last")
+    weights = [p for part in (made.pipe.unet, made.pipe.vae) for p in part.parameters() if p.ndim == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    assert sum(applied["channels_last"].values()) == len(weights)
+    assert applied["channels_last"]["convolutions_changed"] > 0
+    difference = torch.tensor(list(call(made)[0].tobytes())) - torch.tensor(list(plain_image))
+    assert difference.abs().max() <= 1
+
+
+def test_fused_projections_are_bit_identical_and_free_what_they_replace() -> None:
+    separate, _ = build("sdpa")
+    parameters = sum(p.numel() for p in separate.pipe.unet.parameters())
+    fused, applied = build("sdpa", "fused_qkv")
+    assert processors(fused.pipe.unet) == processors(fused.pipe.vae) == {FusedAttnProcessor2_0}
+    assert sum(p.numel() for p in fused.pipe.unet.parameters()) == parameters
+    assert applied["fused_qkv"]["freed_parameters"] > 0
+    assert call(fused)[0].tobytes() == call(separate)[0].tobytes()
+
+
+def test_conv_as_linear_swaps_what_has_128_channels() -> None:
+    made, applied = build("conv_as_linear")
+    assert applied["conv_as_linear"] == {"convolutions": 0}  # the bundled model has none
+    image = torch.rand(1, 128, 4, 4)
+    made.pipe.vae.extra = torch.nn.Sequential(torch.nn.Conv2d(128, 32, 1), torch.nn.Conv2d(32, 64, 1))
+    before = made.pipe.vae.extra(image)
+    assert registry.conv_as_linear(made) == {"convolutions": 1}
+    assert isinstance(made.pipe.vae.extra[1], torch.nn.Conv2d)
+    assert not isinstance(made.pipe.vae.extra[0], torch.nn.Conv2d)
+    torch.testing.assert_close(made.pipe.vae.extra(image), before)
+
+
+def test_int8_takes_the_linears_that_have_the_rows_and_the_features() -> None:
+    made, _ = build("bf16", "sdpa")
+    account = registry.int8_dynamic(made)
+    unet = made.pipe.unet
+    plain = {name for name, m in unet.named_modules() if isinstance(m, torch.nn.Linear) and _is_plain(m)}
+    assert all("time" in name or "add_embedding" in name for name in plain), plain
+    assert not _is_plain(unet.mid_block.attentions[0].transformer_blocks[0].ff.net[2])
+    assert 0 < account["quantized_linears"] < account["linears"]
+
+
+def test_int8_leaves_the_shapes_alone_that_a_model_lists() -> None:
+    made, _ = build("bf16", "sdpa")
+    everything = registry.int8_dynamic(made)["quantized_linears"]
+    other, _ = build("bf16", "sdpa")
+    other.model = replace(other.model, int8_excluded_shapes=((96, 96),))
+    assert registry.int8_dynamic(other)["quantized_linears"] < everything
+    assert _is_plain(other.pipe.unet.mid_block.attentions[0].proj_in)
+
+
+def _is_plain(linear: Any) -> bool:
+    return type(linear.weight.data) is torch.Tensor
+
+
+def test_int8_sets_no_global_inductor_flag() -> None:
+    from torch._inductor import config
+
+    before = config.get_config_copy()
+    registry.int8_dynamic(build("bf16")[0])
+    assert config.get_config_copy() == before
+
+
+def test_inductor_flags_are_the_seeds_and_the_fifth_comes_with_int8() -> None:
+    made, applied = build("compile", "inductor_tuning")
+    flags = {
+        "conv_1x1_as_mm": True,
+        "coordinate_descent_tuning": True,
+        "coordinate_descent_check_all_directions": True,
+        "epilogue_fusion": False,
+    }
+    assert applied["inductor_tuning"] == flags
+    assert applied["compile"]["options"] == flags  # mode default adds none
+    _, applied = build("bf16", "sdpa", "compile", "inductor_tuning", "int8_dynamic")
+    assert applied["inductor_tuning"] == flags | {"force_fuse_int_mm_with_mul": True}
+    assert made.pipe.unet._compiled_call_impl is not None
+    assert made.pipe.vae.decoder._compiled_call_impl is not None
+
+
+def test_compiling_proves_that_something_was_compiled() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    made, _ = build("compile")
+    with pytest.raises(RuntimeError, match="0 graphs"):  # nothing has been called yet
+        made.proofs["compile"]()
+
+
+def test_max_autotune_is_what_pytorch_says_it_is() -> None:
+    _, applied = build("compile", compile_mode="max-autotune")
+    assert applied["compile"]["options"] == torch._inductor.list_mode_options("max-autotune")
+
+
+def test_the_fp16_fix_proves_that_the_vae_was_replaced() -> None:
+    made, _ = build()
+    assert registry.vae_fp16_fix(made) == {}
+    made.proofs["vae_fp16_fix"]()
+    made.pipe.vae.register_to_config(force_upcast=True)
+    with pytest.raises(RuntimeError, match="still asks to be upcast"):
+        made.proofs["vae_fp16_fix"]()
+
+
+def test_the_byte_tokenizer_reads_any_text_and_ends_with_its_highest_id() -> None:
+    ids = byte_tokenizer()("a café, 城", padding="max_length").input_ids
+    assert len(ids) == 77
+    assert ids[0] == 49406
+    assert max(ids) == 49407
+    assert 49407 not in ids[1:10]

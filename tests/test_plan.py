@@ -1,0 +1,120 @@
+"""A recipe is possible, or is refused in one sentence before anything loads."""
+
+from itertools import pairwise
+
+import pytest
+
+from diffusion_fast import plan
+from diffusion_fast.models import MODELS
+from diffusion_fast.optimizations import OPTIMIZATIONS, STAGES
+from diffusion_fast.recipes import LADDERS
+from diffusion_fast.spec import Recipe
+from tests.conftest import CPU, H100, planned
+
+A100 = plan.Device("cuda", "NVIDIA A100", (8, 0))
+V100 = plan.Device("cuda", "NVIDIA V100", (7, 0))
+
+
+@pytest.mark.parametrize(
+    ("names", "device", "says"),
+    [
+        (("int8_dynamic",), CPU, "int8_dynamic requires bf16 or fp16"),
+        (("bf16", "int8_dynamic"), CPU, "int8_dynamic requires compile: add compile"),
+        (("fused_qkv",), CPU, "fused_qkv requires sdpa"),
+        (("inductor_tuning",), CPU, "inductor_tuning requires compile"),
+        (("bf16", "fp16"), H100, "exclude each other"),
+        (("tf32",), CPU, "tf32 runs on cuda only, and this is a cpu"),
+        (
+            ("bf16", "compile", "int8_dynamic"),
+            V100,
+            "int8_dynamic needs compute capability 8.0, and NVIDIA V100 has 7.0",
+        ),
+        (("vae_fp16_fix",), CPU, "vae_fp16_fix can't be applied to tiny"),
+        (("int8_dynamik",), CPU, "the nearest are int8_dynamic"),
+    ],
+)
+def test_an_impossible_recipe_is_refused_in_one_sentence(
+    names: tuple[str, ...], device: plan.Device, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says) as refusal:
+        plan.plan_recipe(MODELS["tiny"], Recipe("mine", names), device)
+    assert str(refusal.value).count("\n") == 0
+
+
+def test_the_stage_decides_the_order_not_the_person() -> None:
+    typed = ("inductor_tuning", "int8_dynamic", "compile", "fused_qkv", "sdpa", "bf16")
+    applied = plan.plan_recipe(MODELS["sdxl"], Recipe("mine", typed), A100)
+    assert applied == ("bf16", "sdpa", "fused_qkv", "int8_dynamic", "inductor_tuning", "compile")
+
+
+def test_every_ladder_plans_for_every_model_on_a_cpu_and_on_a_gpu() -> None:
+    for name in LADDERS:
+        for model in MODELS:
+            for device in (CPU, H100):
+                assert len(planned(name, device, model).rungs) == len(LADDERS[name])
+
+
+def test_progressive_is_the_six_published_rungs() -> None:
+    rungs = planned(device=H100, model="sdxl").rungs
+    assert [spec.rung for spec in rungs] == [
+        "00-baseline",
+        "01-bf16",
+        "02-sdpa",
+        "03-compile",
+        "04-fused-qkv",
+        "05-int8-dynamic",
+    ]
+    added = [set(after.optimizations) - set(before.optimizations) for before, after in pairwise(rungs)]
+    compiling = {"channels_last", "conv_as_linear", "compile", "inductor_tuning"}
+    assert added == [{"bf16"}, {"sdpa"}, compiling, {"fused_qkv"}, {"int8_dynamic"}]
+    assert rungs[0].optimizations == ("tf32",)
+
+
+def test_a_cpu_leaves_tf32_out_and_says_so() -> None:
+    ladder = planned()
+    assert all("tf32" not in spec.optimizations for spec in ladder.rungs)
+    assert "tf32" in ladder.notes[0]
+    assert planned(device=H100).notes == ()
+
+
+def test_a_later_rungs_own_names_are_never_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LADDERS, "mine", (Recipe("plain"), Recipe("cuda-only", ("fp16",))))
+    with pytest.raises(ValueError, match="fp16 runs on cuda only"):
+        planned("mine")
+
+
+def test_the_reference_is_plain_whatever_the_first_rung_is() -> None:
+    assert planned(device=H100).reference.optimizations == ()
+
+
+def test_the_compile_mode_follows_the_device_unless_asked() -> None:
+    assert {spec.compile_mode for spec in planned().rungs} == {"default"}
+    assert {spec.compile_mode for spec in planned(device=H100).rungs} == {"max-autotune"}
+    assert {spec.compile_mode for spec in planned(compile_mode="reduce-overhead").rungs} == {"reduce-overhead"}
+
+
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"batch_size": -1}, {"height": 100}, {"compile_mode": "fast"}])
+def test_impossible_settings_are_refused(settings: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"must be|There is no compile mode 'fast'"):
+        planned(**settings)
+
+
+def test_settings_fall_back_on_the_model() -> None:
+    first = planned(model="sdxl", steps=4).rungs[0]
+    assert (first.height, first.width, first.steps, first.guidance_scale) == (1024, 1024, 4, 5.0)
+    assert planned(guidance_scale=0.0).rungs[0].guidance_scale == 0.0
+
+
+def test_no_gpu_is_no_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert plan.find_device("auto").kind == "cpu"
+    with pytest.raises(ValueError, match="no CUDA device"):
+        plan.find_device("cuda")
+
+
+def test_every_optimization_is_documented_and_staged() -> None:
+    for each in OPTIMIZATIONS.values():
+        assert each.summary.endswith("."), each.name
+        assert each.stage in STAGES
+        for name in (*each.excludes, *(name for group in each.requires for name in group)):
+            assert name in OPTIMIZATIONS, f"{each.name} names {name}"
