@@ -170,8 +170,8 @@ def compare(results: list[tuple[str, list[dict[str, Any]]]]) -> None:
         print(
             f"{variant:9} {first}; {len(kernels)} kernels tuned in {total['seconds']:.1f} s"
             f" ({total['bench_s']:.1f} s of it benchmarking), {total['benchmarked']:g} candidates benchmarked;"
-            f" compiles while tuning: {total['hit']:g} hits, {total['miss']:g} misses; {total['prefetched']:g} prefetched"
-            f" ({total['failed']:g} failed) in {total['waited_s']:.1f} s"
+            f" compiles while tuning: {total['hit']:g} hits, {total['miss']:g} misses;"
+            f" {total['prefetched']:g} prefetched ({total['failed']:g} failed) in {total['waited_s']:.1f} s"
         )
         if done:
             print(f"          {done['account']}")
