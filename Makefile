@@ -3,7 +3,8 @@ PYTHON ?= python3
 MODEL ?= tiny
 ARGS ?=
 BIN := .venv/bin
-export PATH := $(CURDIR)/.venv/bin:$(PATH)  # `mlflow run --env-manager local` starts whichever python comes first
+# `mlflow run --env-manager local` starts whichever python comes first.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .PHONY: ladder test lint ui bench clean
 

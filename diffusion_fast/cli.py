@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,9 +77,11 @@ measuring = options(
     click.option("--height", type=Auto(click.INT), default="auto", help="Pixels."),
     click.option("--width", type=Auto(click.INT), default="auto", help="Pixels."),
     click.option("--guidance", type=Auto(click.FLOAT), default="auto", help="Guidance scale."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of the latents' noise."),
+    click.option(
+        "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the latents' noise."
+    ),
     click.option("--tag", default="", help="A word of your own on every run."),
-    click.option("--timeout", type=float, default=3600, show_default=True, help="Seconds a rung may take."),
+    click.option("--timeout", type=click.IntRange(1), default=3600, show_default=True, help="Seconds a rung may take."),
     click.option(
         "--spool",
         "root",
@@ -219,26 +223,43 @@ def _measure(
         for each in only:
             climbing.resolve(planned, each)
         try:
-            check_weights(found, planned.reference.weights)
+            check_weights(found, planned.reference.weights, plan.hub_parts(planned, found))
         except WeightsUnreachableError as error:
             fail(str(error), 1)
 
-    folder = (climbing.find_resumable(root, planned) if resume else None) or spool.save_ladder(root, planned)
+        if not no_track and importlib.util.find_spec("mlflow") is None:
+            raise ValueError("mlflow isn't installed: --no-track measures without it, and `sync` records later.")
+        resumed = climbing.find_resumable(root, planned) if resume else None
+        try:
+            folder = resumed or spool.save_ladder(root, planned)
+        except OSError as error:
+            raise ValueError(f"--spool {root} can't be written to: {error}.") from error
+        with spool.alone(folder):
+            _climb(folder, only, timeout, cache_dir, None if no_track else _Recorder(folder, experiment, tracking_uri))
+
+
+def _climb(
+    folder: Path, only: tuple[str, ...], timeout: float, cache_dir: Path | None, recorder: _Recorder | None
+) -> None:
     current = spool.read_ladder(folder)
     todo = climbing.missing(folder, only)
-    recorder = _Recorder(folder, experiment, tracking_uri) if not no_track else None
     click.echo(f"{folder}: {len(todo)} of {len(current.rungs)} rungs to measure")
     for note in current.notes:
         click.echo(f"  {note}")
+    # Schedulers and `timeout` end a process by SIGTERM, which must not leave a worker behind on the GPU.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         outcomes = climbing.climb(
             folder,
             todo,
-            climbing.Climb(_begins, lambda spec, outcome: _ended(spec, outcome, recorder)),
             timeout_s=timeout,
             shared_cache=cache_dir,
+            on_start=_started,
+            on_end=lambda spec, outcome: _ended(spec, outcome, recorder),
         )
     except KeyboardInterrupt:
+        if recorder is not None:
+            recorder.finish(interrupted=True)
         fail(f"Interrupted. What was measured is in {folder}; --resume goes on with the rest.", 130)
 
     from diffusion_fast import report
@@ -280,16 +301,17 @@ class _Recorder:
             self.broken = True
             click.echo(f"  not recorded, and going on: {error}", err=True)
 
-    def finish(self) -> None:
+    def finish(self, interrupted: bool = False) -> None:
         try:
-            recorded = self.tracking.finish(self.folder, **self.arguments)
+            recorded = self.tracking.finish(self.folder, interrupted=interrupted, **self.arguments)
         except self.tracking.TrackingError as error:
-            where = f" --tracking-uri {self.arguments['tracking_uri']}" if self.arguments["tracking_uri"] else ""
-            fail(f"MLflow could not record it ({error}). Later: diffusion-fast sync {self.folder}{where}", 1)
+            chosen = {"--tracking-uri": self.arguments["tracking_uri"], "--experiment": self.arguments["experiment"]}
+            flags = "".join(f" {flag} {value}" for flag, value in chosen.items() if value)
+            fail(f"MLflow could not record it ({error}). Later: diffusion-fast sync {self.folder}{flags}", 1)
         _tell_link(recorded)
 
 
-def _begins(spec: RunSpec) -> None:
+def _started(spec: RunSpec) -> None:
     click.echo(f"{spec.rung}{'' if spec.attempt == 1 else f', attempt {spec.attempt}'}")
 
 
@@ -313,6 +335,8 @@ def _show(frame: pd.DataFrame) -> None:
     # Without a terminal to fit into, a table is as wide as it needs to be.
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(report.table(frame))
+    for warning in report.warnings(frame):
+        click.echo(f"Warning: {warning}")
 
 
 def _tell_link(recorded: Recorded) -> None:
@@ -340,15 +364,18 @@ def report(
             found = [path for path in spool.find_ladders(folder) if ladder_id in (None, "", path.name)]
             if not found:
                 raise ValueError(f"There is no ladder {ladder_id or ''} in {folder}.")
-            frame = reporting.from_spool(found[-1])
+            frame, notes = reporting.from_spool(found[-1]), spool.read_ladder(found[-1]).notes
             if not len(frame):
                 raise ValueError(f"No rung of {found[-1].name} has an outcome yet.")
         else:
-            from diffusion_fast.tracking import load_runs
+            from diffusion_fast.tracking import TrackingError, load_runs
 
-            frame = reporting.one_ladder(load_runs(experiment, tracking_uri), ladder_id)
+            try:
+                frame, notes = reporting.one_ladder(load_runs(experiment, tracking_uri), ladder_id), ()
+            except TrackingError as error:
+                fail(f"MLflow could not be read: {error}", 1)
     _show(frame)
-    for path in reporting.write(frame, None, output):
+    for path in reporting.write(frame, output, notes):
         click.echo(path)
 
 
@@ -362,13 +389,18 @@ def sync(folder: Path, experiment: str | None, tracking_uri: str | None) -> None
         fail(f"There is no ladder in {folder}.", 2)
     from diffusion_fast import tracking
 
+    failed, recorded = False, None
     for path in found:
         try:
-            recorded = tracking.finish(path, experiment=experiment, tracking_uri=tracking_uri)
-        except tracking.TrackingError as error:
-            fail(f"MLflow could not record {path.name}: {error}", 1)
-        click.echo(path.name)
-    _tell_link(recorded)
+            with spool.alone(path):
+                recorded = tracking.finish(path, experiment=experiment, tracking_uri=tracking_uri)
+            click.echo(path.name)
+        except (tracking.TrackingError, ValueError) as error:
+            failed = True
+            click.echo(f"Error: {path.name} is not recorded: {error}", err=True)
+    if recorded is not None:
+        _tell_link(recorded)
+    sys.exit(int(failed))
 
 
 @main.command()
@@ -376,7 +408,9 @@ def sync(folder: Path, experiment: str | None, tracking_uri: str | None) -> None
 @click.option("--tracking-uri", help="[default: MLFLOW_TRACKING_URI, or mlflow.db in this folder]")
 def ui(port: int, tracking_uri: str | None) -> None:
     """Start MLflow's UI on the recorded runs."""
-    uri = tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    from diffusion_fast.tracking import default_uri
+
+    uri = tracking_uri or default_uri()
     if uri.startswith("http"):
         fail(f"{uri} is a server already: open it in a browser.", 2)
     os.execv(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from diffusion_fast import spool
@@ -12,34 +12,26 @@ from diffusion_fast.plan import lookup
 from diffusion_fast.spec import Failure, Ladder, Outcome, Result, RunSpec
 
 
-@dataclass(frozen=True)
-class Climb:
-    """What is told while it goes on: a rung begins, and a rung has ended."""
-
-    begins: Callable[[RunSpec], None]
-    ended: Callable[[RunSpec, Outcome | None], None]
-
-
 def climb(
     folder: Path,
     todo: Iterable[RunSpec],
-    told: Climb,
     *,
     timeout_s: float,
-    shared_cache: Path | None = None,
+    shared_cache: Path | None,
+    on_start: Callable[[RunSpec], None],
+    on_end: Callable[[RunSpec, Outcome | None], None],
 ) -> list[Outcome]:
     """Measure `todo` and return the outcomes, the reference's failure among them if it has one."""
-    reference = spool.read_ladder(folder).reference
     found: list[Outcome] = []
     specs = list(todo)
     if specs and not spool.reference_file(folder).is_file():
-        specs.insert(0, reference)
+        specs.insert(0, spool.read_ladder(folder).reference)
     for spec in specs:
-        told.begins(spec)
+        on_start(spec)
         outcome = launch(spec, folder, timeout_s, shared_cache)
         if outcome is not None:
             found.append(outcome)
-        told.ended(spec, outcome)
+        on_end(spec, outcome)
     return found
 
 
@@ -62,10 +54,10 @@ def resolve(ladder: Ladder, name: str) -> str:
 
 
 def find_resumable(root: Path, planned: Ladder) -> Path | None:
-    """The newest ladder in a spool that measures just what is planned; None where there is none."""
+    """The newest ladder in a spool that measures just what is planned, on this machine; None where there is none."""
 
-    def key(ladder: Ladder) -> list[tuple[str, str]]:
-        return [(spec.rung, spec.conditions) for spec in ladder.rungs]
+    def key(ladder: Ladder) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
+        return ladder.machine, [(spec.rung, spec.conditions, spec.tag) for spec in ladder.rungs]
 
     for folder in reversed(spool.find_ladders(root)):
         if key(spool.read_ladder(folder)) == key(planned):

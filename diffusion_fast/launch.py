@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,14 +22,14 @@ def launch(spec: RunSpec, ladder_folder: Path, timeout_s: float, shared_cache: P
     Compile caches are the rung's own, kept for later attempts, unless `shared_cache` is given.
     """
     folder = spool.run_folder(ladder_folder, spec)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / spool.FAILURE).unlink(missing_ok=True)  # only a reference is ever tried again in the same folder
+    folder.mkdir(parents=True, exist_ok=spec.role == REFERENCE)  # only a reference is tried again in the same folder
+    (folder / spool.FAILURE).unlink(missing_ok=True)
     spool.write_json(folder / spool.SPEC, spec.to_dict())
     cache = (shared_cache or spool.cache_folder(ladder_folder, spec)).resolve()
     environment = os.environ | {
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "TRITON_CACHE_DIR": str(cache / "triton"),
-        "DIFFUSION_FAST_CACHE_SHARED": str(int(shared_cache is not None)),
+        "DIFFUSION_FAST_SHARED_CACHE": "1" if shared_cache else "",
         **_ptxas(),
     }
     start = time.monotonic()
@@ -47,9 +48,9 @@ def launch(spec: RunSpec, ladder_folder: Path, timeout_s: float, shared_cache: P
         except subprocess.TimeoutExpired:
             timed_out = True
         finally:
-            if process.poll() is None:
+            with suppress(ProcessLookupError):  # a worker that crashed may have left its compiler's processes
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            process.wait()
 
     outcome = spool.read_outcome(folder)
     if outcome is not None or (spec.role == REFERENCE and spool.reference_file(ladder_folder).is_file()):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from diffusion_fast.spec import Model
 
 PACKAGE = Path(__file__).parent
+WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 # Linears that the seed's int8 filter leaves in bf16: it measured them as slower or too lossy. SDXL's own shapes.
 SDXL_INT8_EXCLUDED = (
@@ -68,8 +71,8 @@ class WeightsUnreachableError(Exception):
     """The weights exist elsewhere and cannot be had from here."""
 
 
-def check_weights(model: Model, weights: str) -> None:
-    """Make sure, in seconds and without torch, that `weights` can be loaded.
+def check_weights(model: Model, weights: str, parts: Iterable[str] = ()) -> None:
+    """Make sure, in seconds and without torch, that `weights` can be loaded, and `parts`: hub ids of single networks.
 
     Raises ValueError when the choice makes no sense, WeightsUnreachableError when the hub doesn't answer within 5 s.
     """
@@ -84,24 +87,35 @@ def check_weights(model: Model, weights: str) -> None:
     elif weights == "pretrained":
         if not model.hub_id:
             raise ValueError(f"{model.name} has no weights on the hub: use --weights embedded or a folder.")
-        _check_hub(model.hub_id)
+        _check_hub(model.hub_id, f"{model.denoiser}/{WEIGHTS_FILE}")
     else:
-        _check_folder(Path(weights))
+        _check_folder(model, Path(weights))
+    if weights != "random":
+        for part in parts:
+            _check_hub(part, WEIGHTS_FILE)
 
 
-def _check_folder(folder: Path) -> None:
-    if not (folder / "model_index.json").is_file():
+def _check_folder(model: Model, folder: Path) -> None:
+    index = folder / "model_index.json"
+    if not index.is_file():
         raise ValueError(
             f"--weights {folder} is neither embedded, pretrained, random nor a folder that holds a model_index.json."
         )
+    try:
+        found = json.loads(index.read_text()).get("_class_name")
+    except ValueError as error:
+        raise ValueError(f"{index} isn't JSON: {error}.") from error
+    if found != model.pipeline:
+        raise ValueError(f"--weights {folder} holds a {found}, and {model.name} is a {model.pipeline}.")
     if not any(folder.glob("*/*.safetensors")):
         raise ValueError(f"--weights {folder} holds no .safetensors files, and other formats are not loaded.")
 
 
-def _check_hub(hub_id: str) -> None:
+def _check_hub(hub_id: str, weights_file: str) -> None:
+    """Weights in the hub's local cache need no hub."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(hub_id, "model_index.json"), str):
+    if isinstance(try_to_load_from_cache(hub_id, weights_file), str):
         return
     try:
         HfApi().model_info(hub_id, timeout=5)

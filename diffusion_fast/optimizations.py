@@ -8,6 +8,7 @@ Imports of torch sit inside the functions, because the parent process plans reci
 from __future__ import annotations
 
 import inspect
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,6 +55,10 @@ class Optimization:
     devices: tuple[str, ...] = ("cuda", "cpu")
     min_capability: tuple[int, int] = (0, 0)
     model_needs: str = ""  # a field of Model that must not be empty
+    requires_where: tuple[str, str] = (
+        "",
+        "",
+    )  # a field of Model and a name: where the one is set, the other is required
     imports: tuple[str, ...] = ()  # slow modules it needs, imported (and timed) before the pipeline loads
     lossless: bool = True  # False: changes the image by more than rounding
 
@@ -72,8 +77,10 @@ def optimization(
     groups = tuple((item,) if isinstance(item, str) else item for item in requires)
 
     def register(function: Callable[[Build], dict[str, Any]]) -> Callable[[Build], dict[str, Any]]:
+        if stage not in STAGES:
+            raise ValueError(f"there is no stage {stage!r}")
         name = function.__name__
-        OPTIMIZATIONS[name] = Optimization(name, function, STAGES[STAGES.index(stage)], groups, **declared)
+        OPTIMIZATIONS[name] = Optimization(name, function, stage, groups, **declared)
         return function
 
     return register
@@ -101,9 +108,12 @@ def bf16(build: Build) -> dict[str, Any]:
     return _set_dtype(build, "bf16")
 
 
-@optimization(stage="load", excludes=("bf16",), devices=("cuda",))
+@optimization(stage="load", excludes=("bf16",), devices=("cuda",), requires_where=("fp16_vae_hub_id", "vae_fp16_fix"))
 def fp16(build: Build) -> dict[str, Any]:
-    """Run every network in float16: 11 bits of mantissa, half the bytes, overflows past 65504."""
+    """Run every network in float16: 11 bits of mantissa, half the bytes, overflows past 65504.
+
+    Where a model's own VAE overflows, the one that doesn't is required.
+    """
     return _set_dtype(build, "fp16")
 
 
@@ -135,7 +145,7 @@ def vae_fp16_fix(build: Build) -> dict[str, Any]:
     def proof() -> dict[str, Any]:
         if build.pipe.vae.config.force_upcast:
             raise RuntimeError("vae_fp16_fix: the VAE in the pipeline still asks to be upcast")
-        return {"vae": build.model.fp16_vae_hub_id}
+        return {"vae": "random" if build.spec.weights == "random" else build.model.fp16_vae_hub_id}
 
     build.proofs["vae_fp16_fix"] = proof
     return {}
@@ -263,7 +273,9 @@ def int8_dynamic(build: Build) -> dict[str, Any]:
     import torch
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
+    start = time.perf_counter()
     rows = _rows_per_linear(build)
+    calibration_s = time.perf_counter() - start
     excluded = set(build.model.int8_excluded_shapes)
 
     def takes_int8(module: torch.nn.Module, *_: Any) -> bool:
@@ -285,7 +297,7 @@ def int8_dynamic(build: Build) -> dict[str, Any]:
         quantized += len(chosen)
     if not quantized:
         raise RuntimeError("int8_dynamic: no layer of this model can be multiplied in int8")
-    return {"quantized_linears": quantized, "linears": linears}
+    return {"quantized_linears": quantized, "linears": linears, "calibration_s": calibration_s}
 
 
 def _rows_per_linear(build: Build) -> dict[Any, int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
+import math
 import os
 import secrets
 from collections.abc import Iterable, Mapping
@@ -91,6 +93,9 @@ def plan_recipe(model: Model, recipe: Recipe, device: Device) -> tuple[str, ...]
         if device.capability is not None and device.capability < known.min_capability:
             need, have = (".".join(map(str, pair)) for pair in (known.min_capability, device.capability))
             raise ValueError(f"{name} needs compute capability {need}, and {device.name} has {have}.")
+        field, needed = known.requires_where
+        if field and getattr(model, field) and needed not in names:
+            raise ValueError(f"{name} requires {needed} on {model.name}: add {needed}.")
         if known.model_needs and not getattr(model, known.model_needs):
             raise ValueError(f"{name} can't be applied to {model.name}: it has no {known.model_needs}.")
     order = list(OPTIMIZATIONS)
@@ -112,6 +117,8 @@ def plan_ladder(
         value = getattr(settings, what)
         if value is not None and value < 1:
             raise ValueError(f"{what} must be at least 1, not {value}.")
+    if settings.guidance_scale is not None and not math.isfinite(settings.guidance_scale):
+        raise ValueError(f"guidance must be a finite number, not {settings.guidance_scale}.")
     for what in ("height", "width"):
         if (getattr(settings, what) or 8) % 8:
             raise ValueError(f"{what} must be a multiple of 8, not {getattr(settings, what)}.")
@@ -147,7 +154,14 @@ def plan_ladder(
         rungs=tuple(spec(f"{index:02}-{recipe.name}", recipe) for index, recipe in enumerate(recipes)),
         reference=spec(REFERENCE, Recipe(REFERENCE)),
         notes=notes,
+        machine={"device": device.name} | {name: importlib.metadata.version(name) for name in ("torch", "diffusers")},
     )
+
+
+def hub_parts(ladder: Ladder, model: Model) -> set[str]:
+    """Hub ids of the single networks that a ladder's optimizations put in, such as another VAE."""
+    needs = {OPTIMIZATIONS[name].model_needs for spec in ladder.rungs for name in spec.optimizations}
+    return {getattr(model, field) for field in needs if field.endswith("hub_id")}
 
 
 def find_model(name: str) -> Model:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffusion_fast import rows, spool
-from diffusion_fast.spec import Ladder, Result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,10 +35,8 @@ def from_spool(folder: Path) -> pd.DataFrame:
     """One row a rung of a ladder's folder: its last result, or its last failure where it never had one."""
     import pandas as pd
 
-    last = spool.last_outcomes(folder)
-    first = last.get(spool.read_ladder(folder).rungs[0].rung)
-    base = first if isinstance(first, Result) else None
-    return pd.DataFrame([rows.row(outcome, base) for outcome in last.values()])
+    base = spool.speedup_base(folder)
+    return pd.DataFrame([rows.row(outcome, base) for outcome in spool.last_outcomes(folder).values()])
 
 
 def one_ladder(frame: pd.DataFrame, ladder_id: str | None = None) -> pd.DataFrame:
@@ -46,14 +44,17 @@ def one_ladder(frame: pd.DataFrame, ladder_id: str | None = None) -> pd.DataFram
     known = sorted(frame["ladder_id"].unique()) if len(frame) else []
     if not known or (ladder_id and ladder_id not in known):
         raise ValueError(f"There is no ladder {ladder_id or ''} here; known are: {', '.join(known) or 'none'}.")
-    rungs = frame[frame["ladder_id"] == (ladder_id or known[-1])]
+    rungs = frame[(frame["ladder_id"] == (ladder_id or known[-1])) & frame["status"].isin(["FAILED", "FINISHED"])]
     # Of several attempts the last one that finished counts: "FINISHED" sorts after "FAILED".
     ordered = rungs.sort_values(["rung", "status", "round", "attempt"])
     return ordered.drop_duplicates("rung", keep="last").reset_index(drop=True)
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
+    """The rows as dictionaries, without what is absent."""
+    import pandas as pd
+
+    return [{str(key): value for key, value in row.items() if pd.notna(value)} for row in frame.to_dict("records")]
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -63,7 +64,7 @@ def cells(row: dict[str, Any]) -> list[str]:
     texts = []
     for column, _, form in COLUMNS:
         value = row.get(column)
-        if value is None or value != value:
+        if value is None:
             texts.append("∞" if column == "psnr_db" and row.get("identical_to_reference") is True else "")
         else:
             texts.append(form.format(value * 1000 if column in MILLISECONDS else value))
@@ -98,39 +99,53 @@ def _base(frame: pd.DataFrame) -> str:
     return named[0] if named else "a first rung that isn't there yet"
 
 
-def markdown(frame: pd.DataFrame, ladder: Ladder | None = None) -> str:
-    """The table as markdown, with what each rung adds when the ladder is given."""
+def warnings(frame: pd.DataFrame) -> list[str]:
+    """What a reader of the table must know of single rungs."""
+    found = []
+    for row in _records(frame):
+        if row.get("warmed_up") is False:
+            found.append(f"{row['rung']} was still getting faster or slower by more than 5% when it was measured")
+        if row.get("image_repeats") is False:
+            found.append(f"{row['rung']} made different images from the same seed")
+        if row.get("problem"):
+            found.append(f"{row['rung']}: {row['problem']}")
+    return found
+
+
+def markdown(frame: pd.DataFrame, notes: Iterable[str] = ()) -> str:
+    """The table as markdown, the warnings about single rungs, and the ladder's notes."""
     lines = [
         "| " + " | ".join(heading for _, heading, _ in COLUMNS) + " |",
         "|" + "|".join("---" if column in ("rung", "cache") else "--:" for column, _, _ in COLUMNS) + "|",
     ]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in _records(frame)]
     text = "\n".join(lines) + f"\n\n{caption(frame)}\n"
-    if ladder is not None:
-        text += "".join(f"\nNote: {note}.\n" for note in ladder.notes)
-    return text
+    text += "".join(f"\nWarning: {warning}.\n" for warning in warnings(frame))
+    return text + "".join(f"\nNote: {note}.\n" for note in notes)
 
 
 def plot(frame: pd.DataFrame, path: Path) -> None:
-    """One bar a rung with its seconds above it, as diffusion-fast draws them; a line spans p10 to p90."""
+    """One bar a rung with its seconds above it, as diffusion-fast draws them; a line spans p10 to p90.
+
+    A rung that failed keeps its place, with its reason.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    finished = frame[frame["status"] == "FINISHED"]
-    figure, axes = pyplot.subplots(figsize=(1.2 + 1.35 * len(finished), 4.2), layout="constrained")
-    if len(finished):
-        latency = finished["latency_median_s"]
-        spread = [latency - finished["latency_p10_s"], finished["latency_p90_s"] - latency]
-        bars = axes.bar(finished["rung"], latency, yerr=spread, color="#4477aa", ecolor="#222222", capsize=4)
-        texts = [
-            f"{row['latency_median_s']:.3g} s" + (f"\n{row['speedup']:.2f}×" if row.get("speedup", 0) > 0 else "")
-            for row in finished.to_dict("records")
-        ]
-        axes.bar_label(bars, texts, padding=3)
-        axes.margins(y=0.18)
-        axes.tick_params(axis="x", rotation=20)
+    figure, axes = pyplot.subplots(figsize=(max(7.0, 1.2 + 1.35 * len(frame)), 4.2), layout="constrained")
+    for place, row in enumerate(_records(frame)):
+        if row["status"] == "FAILED":
+            axes.annotate(row["reason"], (place, 0), (0, 4), textcoords="offset points", ha="center", color="#aa3377")
+            continue
+        median, low, high = (row[f"latency_{which}_s"] for which in ("median", "p10", "p90"))
+        bar = axes.bar(place, median, yerr=[[median - low], [high - median]], color="#4477aa", capsize=4)
+        speedup = f"\n{row['speedup']:.2f}×" if row.get("speedup", 0) > 0 else ""
+        axes.bar_label(bar, [f"{median:.3g} s{speedup}"], padding=3)
+    axes.margins(y=0.18)
+    axes.set_xlim(-0.6, len(frame) - 0.4)
+    axes.set_xticks(range(len(frame)), frame["rung"], rotation=20)
     axes.set_ylabel("seconds a call, median (p10–p90)")
     axes.set_title(caption(frame).split(";")[0], fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
@@ -138,12 +153,11 @@ def plot(frame: pd.DataFrame, path: Path) -> None:
     pyplot.close(figure)
 
 
-def write(frame: pd.DataFrame, ladder: Ladder | None, folder: Path) -> list[Path]:
+def write(frame: pd.DataFrame, folder: Path, notes: Iterable[str] = ()) -> list[Path]:
     """Write report.csv (the seed's columns first), report.md and report.png. Returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"report.{kind}" for kind in ("csv", "md", "png")]
-    known = [{key: value for key, value in row.items() if value == value} for row in _records(frame)]
-    spool.write_text(paths[0], rows.seed_csv(known))
-    spool.write_text(paths[1], markdown(frame, ladder))
+    spool.write_text(paths[0], rows.seed_csv(_records(frame)))
+    spool.write_text(paths[1], markdown(frame, notes))
     plot(frame, paths[2])
     return paths

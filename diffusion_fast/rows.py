@@ -11,7 +11,30 @@ from diffusion_fast.spec import Failure, Outcome, Result
 # MLflow keeps parameters and tags as strings: these are the columns that come back as numbers.
 INTEGERS = ("steps", "batch_size", "height", "width", "seed", "round", "attempt")
 FLOATS = ("guidance_scale",)
-FLAGS = ("warmed_up", "image_repeats", "identical_to_reference", "cache_shared")
+FLAGS = ("warmed_up", "image_repeats", "identical_to_reference")
+METRICS = (
+    "latency_median_s",
+    "latency_p10_s",
+    "latency_p90_s",
+    "speedup",
+    "text_encoding_s",
+    "denoising_s",
+    "denoising_step_s",
+    "vae_decode_s",
+    "postprocessing_s",
+    "peak_memory_gib",
+    "psnr_db",
+    "ssim",
+    "load_s",
+    "import_s",
+    "first_call_s",
+)
+# The columns that a DataFrame of runs always has, before those that depend on the device and the recipe.
+COLUMNS = (
+    *("ladder_id", "rung", "status", "model", "weights", "recipe", "optimizations", "dtype", "device", "device_name"),
+    *("compile_mode", "prompt", *METRICS, *FLOATS, *INTEGERS, *FLAGS),
+    *("cache_state", "speedup_base", "tag", "reason", "error", "problem", "measurement_id", "conditions"),
+)
 
 
 def parameters(outcome: Outcome) -> dict[str, Any]:
@@ -82,12 +105,12 @@ def labels(outcome: Outcome, base: Result | None) -> dict[str, str]:
         return found | {"reason": outcome.reason, "error": outcome.message[:4000], "stage": outcome.stage}
     return found | {
         "cache_state": outcome.cache_state,
-        "cache_shared": str(outcome.cache_shared),
         "warmed_up": str(outcome.warmed_up),
         "image_repeats": str(outcome.image_repeats),
         "identical_to_reference": str(outcome.identical_to_reference),
         "pipeline_cls": outcome.pipeline_cls,
         "ckpt_id": outcome.ckpt_id,
+        "problem": outcome.problem,
     }
 
 

@@ -131,6 +131,7 @@ class Ladder(_Json):
     rungs: tuple[RunSpec, ...]
     reference: RunSpec
     notes: tuple[str, ...] = ()  # what was left out on this device, and why
+    machine: dict[str, str] = field(default_factory=dict)  # device and versions: rungs of another one don't belong here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,10 +144,9 @@ class Result(_Json):
     ckpt_id: str
     applied: dict[str, dict[str, Any]]  # each optimization's account of the state that it left
     import_s: float
-    load_s: float  # the process's start to a loaded and changed pipeline, imports apart
+    load_s: float  # the process's start to a loaded and changed pipeline, imports and calibration apart
     first_call_s: float  # compilation included
-    cache_state: Literal["none", "cold", "warm"]  # of the compile cache, before the first call; none: nothing compiles
-    cache_shared: bool
+    cache_state: Literal["none", "cold", "warm", "shared"]  # of the compile cache before it; none: nothing compiles
     warmup_s: tuple[float, ...]
     warmed_up: bool  # False: the last two warm-up calls still differed by more than 5%
     samples_s: tuple[float, ...]
@@ -159,6 +159,7 @@ class Result(_Json):
     psnr_db: float | None = None  # None: identical to the reference (infinite), or there is no reference
     ssim: float | None = None
     identical_to_reference: bool = False
+    problem: str = ""  # what could not be found out after the timed calls, which count nevertheless
     environment: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -9,11 +9,14 @@ SPOOL/LADDER/ladder.json
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from diffusion_fast.spec import REFERENCE, Failure, Ladder, Outcome, Result, RunSpec
 
@@ -42,6 +45,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+T = TypeVar("T", Ladder, Result, Failure)
+
+
+def _read(kind: type[T], path: Path) -> T:
+    try:
+        return kind.from_dict(read_json(path))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} can't be read: {error}. Move it away.") from error
+
+
+@contextmanager
+def alone(ladder_folder: Path) -> Iterator[None]:
+    """Let one process at a time work on a ladder. Raises ValueError where another one does."""
+    with (ladder_folder / LADDER).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{ladder_folder.name} is being measured or recorded by another process.") from error
+        yield
+
+
 def save_ladder(spool: Path, ladder: Ladder) -> Path:
     """Make the ladder's folder and return it."""
     folder = spool / ladder.id
@@ -50,7 +74,7 @@ def save_ladder(spool: Path, ladder: Ladder) -> Path:
 
 
 def read_ladder(folder: Path) -> Ladder:
-    return Ladder.from_dict(read_json(folder / LADDER))
+    return _read(Ladder, folder / LADDER)
 
 
 def find_ladders(folder: Path) -> list[Path]:
@@ -65,6 +89,12 @@ def run_folder(ladder_folder: Path, spec: RunSpec) -> Path:
     return ladder_folder / spec.rung / f"r{spec.round}-a{spec.attempt}"
 
 
+def reference_failure(ladder_folder: Path) -> Failure | None:
+    """Why there is no reference to compare images with; None where there is one, or none was tried."""
+    failed = ladder_folder / REFERENCE / FAILURE
+    return _read(Failure, failed) if failed.is_file() else None
+
+
 def reference_file(ladder_folder: Path) -> Path:
     return ladder_folder / REFERENCE / REFERENCE_IMAGE
 
@@ -76,20 +106,26 @@ def cache_folder(ladder_folder: Path, spec: RunSpec) -> Path:
 def read_outcome(folder: Path) -> Outcome | None:
     """What a run folder holds; None where the worker is still at it, or died with everything around it."""
     if (folder / RESULT).is_file():
-        return Result.from_dict(read_json(folder / RESULT))
+        return _read(Result, folder / RESULT)
     if (folder / FAILURE).is_file():
-        return Failure.from_dict(read_json(folder / FAILURE))
+        return _read(Failure, folder / FAILURE)
     return None
 
 
 def outcomes(ladder_folder: Path) -> Iterator[tuple[Path, Outcome]]:
     """Every finished attempt with its folder: in the order of the rungs, then of rounds and attempts."""
     for spec in read_ladder(ladder_folder).rungs:
-        attempts = (ladder_folder / spec.rung).glob("r*-a*")
-        for folder in sorted(attempts, key=lambda path: [int(part[1:]) for part in path.name.split("-")]):
+        for _, folder in sorted(_attempts(ladder_folder, spec.rung)):
             outcome = read_outcome(folder)
             if outcome is not None:
                 yield folder, outcome
+
+
+def _attempts(ladder_folder: Path, rung: str) -> Iterator[tuple[tuple[int, int], Path]]:
+    """(round, attempt) and folder of every attempt at a rung, in no order."""
+    for path in (ladder_folder / rung).glob("r*-a*"):
+        if name := re.fullmatch(r"r(\d+)-a(\d+)", path.name):
+            yield (int(name[1]), int(name[2])), path
 
 
 def last_outcomes(ladder_folder: Path) -> dict[str, Outcome]:
@@ -101,7 +137,13 @@ def last_outcomes(ladder_folder: Path) -> dict[str, Outcome]:
     return last
 
 
+def speedup_base(ladder_folder: Path) -> Result | None:
+    """The result of the ladder's first rung, which the others' speed-ups are against; None while there is none."""
+    first = last_outcomes(ladder_folder).get(read_ladder(ladder_folder).rungs[0].rung)
+    return first if isinstance(first, Result) else None
+
+
 def next_attempt(ladder_folder: Path, spec: RunSpec) -> int:
     """Attempts are never overwritten, not even those that left no outcome."""
-    taken = [int(path.name.partition("-a")[2]) for path in (ladder_folder / spec.rung).glob(f"r{spec.round}-a*")]
+    taken = [attempt for (number, attempt), _ in _attempts(ladder_folder, spec.rung) if number == spec.round]
     return max(taken, default=0) + 1

@@ -21,7 +21,7 @@ from diffusion_fast.spec import Failure, Ladder, Outcome, Result
 if TYPE_CHECKING:
     import pandas as pd
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
 
 EXPERIMENT = "diffusion_fast"
 UI = "http://127.0.0.1:5000"
@@ -72,40 +72,31 @@ def record(
 
 @contextmanager
 def _tracking_errors() -> Iterator[None]:
-    from mlflow.exceptions import MlflowException
-
+    """Whatever a store, its driver or its network raises: no ladder may end by it."""
     try:
         yield
-    except (MlflowException, OSError) as error:
-        raise TrackingError(str(error).splitlines()[0][:300]) from error
+    except Exception as error:
+        first_line, *_ = [*str(error).splitlines(), ""]
+        raise TrackingError(f"{type(error).__name__}: {first_line[:300]}") from error
 
 
 def _record(client: MlflowClient, folder: Path, experiment: str | None, parent_run_id: str | None) -> Recorded:
     ladder = spool.read_ladder(folder)
     parent = _parent(client, ladder, experiment, parent_run_id)
     experiment_id = parent.info.experiment_id
-    known = {
-        run.data.tags["measurement_id"]: run
-        for run in _search(client, experiment_id, f"tags.kind = 'rung' and tags.ladder_id = '{ladder.id}'")
-    }
-    last = spool.last_outcomes(folder)
-    base = _base(ladder, last)
+    search_filter = f"tags.kind = 'rung' and tags.ladder_id = '{ladder.id}'"
+    known = {run.data.tags["measurement_id"]: run for run in _search(client, experiment_id, search_filter)}
+    base = spool.speedup_base(folder)
     for run_folder, outcome in spool.outcomes(folder):
         run = known.get(outcome.spec.measurement_id)
         _record_rung(client, parent, run, run_folder, outcome, base)
 
-    search_filter = f"tags.kind = 'rung' and tags.ladder_id = '{ladder.id}'"
     if view.TAG + ladder.id not in client.get_experiment(experiment_id).tags:
         saved = view.encode(view.view_state(search_filter), name=ladder.id, now_ms=int(time.time() * 1000))
         client.set_experiment_tag(experiment_id, view.TAG + ladder.id, saved)
     served = client.tracking_uri.startswith("http")
     link = view.link(client.tracking_uri if served else UI, experiment_id, ladder.id)
     return Recorded(parent.info.run_id, link, served)
-
-
-def _base(ladder: Ladder, last: dict[str, Outcome]) -> Result | None:
-    first = last.get(ladder.rungs[0].rung)
-    return first if isinstance(first, Result) else None
 
 
 def _parent(client: MlflowClient, ladder: Ladder, experiment: str | None, run_id: str | None) -> Run:
@@ -127,9 +118,23 @@ def _parent(client: MlflowClient, ladder: Ladder, experiment: str | None, run_id
 def _experiment(client: MlflowClient, name: str | None, run_id: str | None) -> str:
     if run_id:
         return str(client.get_run(run_id).info.experiment_id)
-    name = name or os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-    found = client.get_experiment_by_name(name)
-    return str(found.experiment_id if found else client.create_experiment(name))
+    found = _find_experiment(client, name)
+    return found.experiment_id if found else client.create_experiment(name or _experiment_name())
+
+
+def _find_experiment(client: MlflowClient, name: str | None) -> Experiment | None:
+    """By its name, by MLFLOW_EXPERIMENT_NAME or MLFLOW_EXPERIMENT_ID, or "diffusion_fast"."""
+    number = os.environ.get("MLFLOW_EXPERIMENT_ID")
+    if number and not name and "MLFLOW_EXPERIMENT_NAME" not in os.environ:
+        return client.get_experiment(number)
+    found = client.get_experiment_by_name(name or _experiment_name())
+    if found is not None and found.lifecycle_stage == "deleted":
+        raise ValueError(f"the experiment {found.name!r} was deleted: restore it, or choose another by --experiment")
+    return found
+
+
+def _experiment_name() -> str:
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
 
 
 def _record_rung(
@@ -182,20 +187,40 @@ def _record_artifacts(client: MlflowClient, run_id: str, folder: Path, outcome: 
 
 
 def finish(
-    folder: Path, *, experiment: str | None = None, tracking_uri: str | None = None, parent_run_id: str | None = None
+    folder: Path,
+    *,
+    experiment: str | None = None,
+    tracking_uri: str | None = None,
+    parent_run_id: str | None = None,
+    interrupted: bool = False,
 ) -> Recorded:
-    """Record a ladder whole: its rungs, the summary on its own run, and that run's end."""
+    """Record a ladder whole: its rungs, the summary on its own run, and that run's end. Raises TrackingError."""
     recorded = record(folder, experiment=experiment, tracking_uri=tracking_uri, parent_run_id=parent_run_id)
     with _tracking_errors():
-        by_mlflow_run = recorded.parent_run_id == parent_run_id
-        _finish(connect(tracking_uri), folder, recorded.parent_run_id, by_mlflow_run)
+        client = connect(tracking_uri)
+        _summarize(client, folder, recorded.parent_run_id)
+        if recorded.parent_run_id != parent_run_id:  # `mlflow run` ends its own run, by the exit code
+            failed = any(isinstance(outcome, Failure) for outcome in spool.last_outcomes(folder).values())
+            status = "FAILED" if failed or spool.reference_failure(folder) else "FINISHED"
+            _end(client, recorded.parent_run_id, "KILLED" if interrupted else status)
     return recorded
 
 
-def _finish(client: MlflowClient, folder: Path, run_id: str, by_mlflow_run: bool) -> None:
+def _end(client: MlflowClient, run_id: str, status: str) -> None:
+    if client.get_run(run_id).info.status != status:
+        client.set_terminated(run_id, status)
+
+
+def _summarize(client: MlflowClient, folder: Path, run_id: str) -> None:
+    """Put the table, the plot and the images on the ladder's own run."""
     run = client.get_run(run_id)
     frame = report.from_spool(folder)
-    summary = report.markdown(frame, spool.read_ladder(folder))
+    if not len(frame):
+        return
+    notes = list(spool.read_ladder(folder).notes)
+    if failure := spool.reference_failure(folder):
+        notes.append(f"there is no reference to compare images with: {failure.reason}: {failure.message}")
+    summary = report.markdown(frame, notes)
     # Its children's images, as MLflow serves them to its own page.
     children = _search(client, run.info.experiment_id, f"tags.kind = 'rung' and tags.`mlflow.parentRunId` = '{run_id}'")
     images = "".join(
@@ -206,14 +231,10 @@ def _finish(client: MlflowClient, folder: Path, run_id: str, by_mlflow_run: bool
     note = f"{summary}{images}"
     if run.data.tags.get("mlflow.note.content") != note:
         with tempfile.TemporaryDirectory() as made:
-            report.write(frame, spool.read_ladder(folder), Path(made))
+            report.write(frame, Path(made), notes)
             client.log_artifacts(run_id, made)
         client.log_artifact(run_id, str(folder / spool.LADDER))
         client.set_tag(run_id, "mlflow.note.content", note)
-    failed = any(isinstance(outcome, Failure) for outcome in spool.last_outcomes(folder).values())
-    status = "FAILED" if failed else "FINISHED"
-    if run.info.status != status and not by_mlflow_run:  # `mlflow run` ends its own run, by the exit code
-        client.set_terminated(run_id, status)
 
 
 def _search(client: MlflowClient, experiment_id: str, search_filter: str) -> list[Run]:
@@ -233,23 +254,29 @@ def _milliseconds(iso: str) -> int:
 
 
 def load_runs(experiment: str | None = None, tracking_uri: str | None = None) -> pd.DataFrame:
-    """One typed row a measured rung, oldest ladder first: numbers are numbers, and latencies are seconds.
+    """One typed row a rung, oldest ladder first: numbers are numbers, latencies are seconds, absent is NaN or NA.
 
-    `experiment` is a name, by default MLFLOW_EXPERIMENT_NAME or "diffusion_fast". ValueError where there is none.
+    The columns of `rows.COLUMNS` are always there. `experiment` is a name; by default MLFLOW_EXPERIMENT_NAME,
+    MLFLOW_EXPERIMENT_ID or "diffusion_fast" decides. Raises ValueError where there is no such experiment, and
+    TrackingError where MLflow can't be read.
     """
     import pandas as pd
 
-    client = connect(tracking_uri)
-    name = experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-    found = client.get_experiment_by_name(name)
+    with _tracking_errors():
+        client = connect(tracking_uri)
+        found = _find_experiment(client, experiment)
+        runs = _search(client, found.experiment_id, "tags.kind = 'rung'") if found else []
     if found is None:
-        raise ValueError(f"There is no experiment {name!r} at {client.tracking_uri}.")
-    frame = pd.DataFrame([_flat(run) for run in _search(client, found.experiment_id, "tags.kind = 'rung'")])
-    if frame.empty:
-        return frame
+        raise ValueError(f"There is no experiment {experiment or _experiment_name()!r} at {client.tracking_uri}.")
+    flat = [_flat(run) for run in runs]
+    more = sorted({key for each in flat for key in each} - set(rows.COLUMNS) - {"run_id", DONE})
+    frame = pd.DataFrame(flat).reindex(columns=["run_id", *rows.COLUMNS, *more])
+    kinds = {"Int64": rows.INTEGERS, "float64": rows.METRICS + rows.FLOATS, "boolean": rows.FLAGS}
+    frame = frame.astype({name: kind for kind, names in kinds.items() for name in names})
     return frame.sort_values(["ladder_id", "rung", "round", "attempt"], ignore_index=True)
 
 
 def _flat(run: Run) -> dict[str, Any]:
     texts = {key: value for key, value in run.data.tags.items() if not key.startswith("mlflow.")} | run.data.params
-    return {"run_id": run.info.run_id, "status": run.info.status} | texts | run.data.metrics | rows.typed(texts)
+    metrics = {key: value for key, value in run.data.metrics.items() if key != "latency_sample_s"}  # the last of many
+    return {"run_id": run.info.run_id, "status": run.info.status} | texts | metrics | rows.typed(texts)

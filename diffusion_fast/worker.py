@@ -15,17 +15,18 @@ import statistics
 import sys
 import time
 import traceback
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from diffusion_fast import rows, spool
 from diffusion_fast.models import MODELS
 from diffusion_fast.optimizations import OPTIMIZATIONS, Build
 from diffusion_fast.spec import REFERENCE, Failure, Result, RunSpec
 
-JPEG_BYTES = 200 * 1024
+JPEG_BYTES = 200_000
 PHASE_CALLS = 3
 
 
@@ -38,8 +39,8 @@ def main(folder: Path) -> int:
             make_reference(spec, folder, progress)
         else:
             result = measure_rung(spec, folder, progress)
+            spool.write_json(folder / spool.RESULT, result.to_dict())
             spool.write_text(folder / "result.csv", rows.seed_csv([rows.row(result, None)]))
-            spool.write_json(folder / spool.RESULT, result.to_dict())  # last: with it the measurement is there
     except Exception as error:
         traceback.print_exc()
         failure = Failure(
@@ -50,8 +51,9 @@ def main(folder: Path) -> int:
             stage=progress.stage,
             elapsed_s=process_age_s(),
             traceback=traceback.format_exc(),
-            environment=_environment(spec, folder),
         )
+        with suppress(Exception):  # the machine may be what failed
+            failure = replace(failure, environment=_environment(spec, folder))
         spool.write_json(folder / spool.FAILURE, failure.to_dict())
         return 1
     return 0
@@ -71,15 +73,15 @@ class Progress:
         text = f"{process_age_s():8.1f} s  {stage}"
         print(text, file=self.file, flush=True)
         print(f"[{text.strip()}]", file=sys.stderr, flush=True)
-        print(f"\r\x1b[2K  {text}" if self.line.isatty() else f"  {text}", file=self.line, end="", flush=True)
-        if not self.line.isatty():
-            print(file=self.line, flush=True)
+        # On a terminal one line that changes; in a file a line each.
+        before, after = ("\r\x1b[2K", "") if self.line.isatty() else ("", "\n")
+        print(f"{before}  {text}", file=self.line, end=after, flush=True)
 
 
 def make_reference(spec: RunSpec, folder: Path, progress: Progress) -> None:
     """Save the images of the plain fp32 pipeline as floats, before they are rounded to bytes."""
     build, _, _ = _load(spec, progress)
-    progress("painting the reference")
+    progress("rendering the reference")
     _, decoded = _phases(build)
     from safetensors.torch import save_file
 
@@ -92,17 +94,17 @@ def make_reference(spec: RunSpec, folder: Path, progress: Progress) -> None:
 
 def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
     """The measurement itself. Raises whatever goes wrong."""
-    caches = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]), Path(os.environ["TRITON_CACHE_DIR"])
-    cache_was_warm = any(cache.is_dir() and any(cache.iterdir()) for cache in caches)
+    cache_state = _cache_state(spec)
     build, applied, import_s = _load(spec, progress)
     from diffusion_fast import measure
     from diffusion_fast.pipeline import call
 
-    load_s = process_age_s() - import_s
+    calibration_s = sum(account.get("calibration_s", 0.0) for account in applied.values())
+    load_s = process_age_s() - import_s - calibration_s
 
-    compiles = "compile" in spec.optimizations
-    progress(f"first call, {'warm' if cache_was_warm else 'cold'} compile cache" if compiles else "first call")
+    progress("first call" if cache_state == "none" else f"first call, {cache_state} compile cache")
     first_call_s, _ = measure.timed(lambda: call(build), spec.device)
+    measure.release_memory(spec.device)  # what loading and compiling left reserved isn't the recipe's
     progress("warming up")
     warmup_s, warmed_up = measure.warm_up(lambda: call(build), spec.device)
     for name, proof in build.proofs.items():
@@ -114,12 +116,6 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
     samples_s, images = measure.samples(lambda: call(build), spec.device)
     memory = peak.read()
     median, p10, p90 = measure.quantiles(samples_s)
-
-    progress("splitting into phases")
-    phases, decoded = _phases(build)
-    progress("comparing")
-    first = _bytes(images[0])
-    repeats = all(_bytes(batch) == first for batch in images) and _bytes(_to_pil(decoded)) == first
     result = Result(
         spec=spec,
         finished_at=_now(),
@@ -129,22 +125,41 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
         import_s=import_s,
         load_s=load_s,
         first_call_s=first_call_s,
-        cache_state=("warm" if cache_was_warm else "cold") if compiles else "none",
-        cache_shared=os.environ.get("DIFFUSION_FAST_CACHE_SHARED") == "1",
+        cache_state=cache_state,
         warmup_s=tuple(warmup_s),
         warmed_up=warmed_up,
         samples_s=tuple(samples_s),
         latency_median_s=median,
         latency_p10_s=p10,
         latency_p90_s=p90,
-        phases=phases,
+        phases={},
         memory=memory,
-        image_repeats=repeats,
-        environment=_environment(spec, folder),
-        **_fidelity(decoded, spool.reference_file(folder.parents[1])),
+        image_repeats=len({_bytes(batch) for batch in images}) == 1,
     )
-    _save_image(images[0], folder)
+    # The measurement is there. What follows may fail without taking it along.
+    try:
+        _save_image(images[0], folder)
+        result = replace(result, environment=_environment(spec, folder))
+        progress("splitting into phases")
+        phases, decoded = _phases(build)
+        repeats = result.image_repeats and _bytes(_to_pil(decoded)) == _bytes(images[0])
+        result = replace(result, phases=phases, image_repeats=repeats)
+        progress("comparing")
+        result = replace(result, **_fidelity(decoded, spool.reference_file(folder.parents[1])))
+    except Exception as error:
+        traceback.print_exc()
+        result = replace(result, problem=f"{progress.stage}: {type(error).__name__}: {error}")
     return result
+
+
+def _cache_state(spec: RunSpec) -> Literal["none", "cold", "warm", "shared"]:
+    """What the compile cache is before anything was compiled here."""
+    if "compile" not in spec.optimizations:
+        return "none"
+    caches = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]), Path(os.environ["TRITON_CACHE_DIR"])
+    if not any(cache.is_dir() and any(cache.iterdir()) for cache in caches):
+        return "cold"
+    return "shared" if os.environ.get("DIFFUSION_FAST_SHARED_CACHE") else "warm"
 
 
 def _load(spec: RunSpec, progress: Progress) -> tuple[Build, dict[str, dict[str, Any]], float]:

@@ -35,7 +35,6 @@ def result(spec: RunSpec, seconds: float = 1.0, **changes: Any) -> Result:
         load_s=0.5,
         first_call_s=9.0,
         cache_state="cold" if "compile" in spec.optimizations else "none",
-        cache_shared=False,
         warmup_s=(seconds, seconds),
         warmed_up=True,
         samples_s=(seconds * 0.9, seconds, seconds * 1.1),
@@ -83,13 +82,17 @@ def keep(folder: Path, outcome: Outcome) -> Path:
 
 @pytest.fixture
 def climbed(tmp_path: Path) -> Callable[..., Path]:
-    """A function that makes a spooled ladder whose rungs took the given seconds; None is a rung that failed."""
+    """A function that makes a spooled ladder whose rungs took the given seconds; None is a rung that failed.
+
+    As on a CPU, the first rung is the reference: its image is identical, and it has no PSNR.
+    """
 
     def make(seconds: tuple[float | None, ...] = (6.0, 5.0, 4.0, 3.0, 2.0, 1.0), name: str = "spool") -> Path:
         ladder = planned()
         folder = spool.save_ladder(tmp_path / name, ladder)
         for spec, each in zip(ladder.rungs, seconds, strict=False):
-            keep(folder, failure(spec) if each is None else result(spec, each))
+            plain: dict[str, Any] = {} if spec.optimizations else {"psnr_db": None, "identical_to_reference": True}
+            keep(folder, failure(spec) if each is None else result(spec, each, **plain))
         return folder
 
     return make

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import diffusion_fast
@@ -24,10 +25,12 @@ def test_the_command_line_starts_without_any_heavy_library() -> None:
     assert not found & {"torch", "mlflow", "pandas", "numpy", "matplotlib", "diffusers", "rich", "pynvml"}
 
 
-def test_the_parent_records_and_reports_without_torch() -> None:
+def test_the_parent_plans_records_and_reports_without_torch(climbed: Callable[..., Path], tmp_path: Path) -> None:
     statement = (
-        "import diffusion_fast.tracking as t, diffusion_fast.report as r, diffusion_fast.plan as p; "
-        "p.find_device(); t.connect('sqlite://'); import pandas, matplotlib, rich"
+        "from pathlib import Path; from diffusion_fast import tracking as t, report as r, plan as p; p.find_device(); "
+        f"t.finish(Path('{climbed()}'), tracking_uri='sqlite:///{tmp_path / 'mlflow.db'}'); "
+        f"frame = r.one_ladder(t.load_runs(tracking_uri='sqlite:///{tmp_path / 'mlflow.db'}')); r.table(frame); "
+        f"r.write(frame, Path('{tmp_path / 'report'}'))"
     )
     found = imported_by(statement)
     assert "mlflow" in found

@@ -28,11 +28,15 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     failing: list[str] = []
 
     def launch(spec: RunSpec, folder: Path, timeout_s: float, shared_cache: Path | None) -> Outcome | None:
+        if spec.recipe in failing:
+            keep(folder, failure(spec))
+            return failure(spec)
         if spec.role == "reference":
-            spool.reference_file(folder).parent.mkdir()
+            spool.reference_file(folder).parent.mkdir(exist_ok=True)
             spool.reference_file(folder).touch()
             return None
-        outcome = failure(spec) if spec.recipe in failing else result(spec, 1.0 + len(spec.optimizations))
+        plain: dict[str, Any] = {} if spec.optimizations else {"psnr_db": None, "identical_to_reference": True}
+        outcome = result(spec, 1.0 + len(spec.optimizations), **plain)
         keep(folder, outcome)
         return outcome
 
@@ -67,6 +71,10 @@ def test_list_names_everything() -> None:
         (("ladder", "--weights", "/nowhere"), "model_index.json"),
         (("ladder", "--steps", "many"), "many"),
         (("ladder", "--steps", "0"), "steps must be at least 1"),
+        (("ladder", "--guidance", "nan"), "guidance must be a finite number"),
+        (("ladder", "--timeout", "0"), "Invalid value for '--timeout'"),
+        (("ladder", "--seed", "-1"), "Invalid value for '--seed'"),
+        (("ladder", "--spool", "/proc/nowhere"), "can't be written to"),
         (("report", "."), "There is no ladder"),
         (("sync", "."), "There is no ladder"),
         (("report",), "no experiment 'diffusion_fast'"),
@@ -94,10 +102,23 @@ def test_weights_out_of_reach_are_exit_code_1_and_a_way_out(monkeypatch: pytest.
     assert "--weights FOLDER" in done.output
 
 
+def test_another_vae_must_be_reachable_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionXLPipeline"}')
+    (tmp_path / "unet" / "model.safetensors").touch()
+    done = invoke("run", "--model", "sdxl", "--weights", str(tmp_path), "--with", "vae_fp16_fix")
+    assert (done.exit_code, "madebyollin/sdxl-vae-fp16-fix can't be reached" in done.output) == (1, True)
+
+
 def test_weights_that_are_not_safetensors_are_refused(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     (folder / "unet").mkdir(parents=True)
-    (folder / "model_index.json").write_text("{}")
+    index = folder / "model_index.json"
+    index.write_text('{"_class_name": "FluxPipeline"}')
+    done = invoke("run", "--model", "sdxl", "--weights", str(folder))
+    assert (done.exit_code, "holds a FluxPipeline" in done.output) == (2, True)
+    index.write_text('{"_class_name": "StableDiffusionXLPipeline"}')
     (folder / "unet" / "model.bin").touch()
     done = invoke("run", "--model", "sdxl", "--weights", str(folder))
     assert (done.exit_code, "holds no .safetensors" in done.output) == (2, True)
@@ -118,6 +139,14 @@ def test_a_failed_rung_stops_nothing_and_is_exit_code_1(pretended: list[str]) ->
     assert "05-int8-dynamic" in done.output
     assert "1 of 6 measurements failed" in done.output
     assert "02-sdpa/r1-a1/log.txt" in done.output
+
+
+def test_without_its_reference_a_ladder_goes_on_and_is_exit_code_1(pretended: list[str]) -> None:
+    pretended.append("reference")
+    done = invoke("ladder")
+    assert done.exit_code == 1
+    assert "05-int8-dynamic" in done.output
+    assert "1 of 7 measurements failed" in done.output
 
 
 def test_resume_measures_what_is_missing(pretended: list[str], tmp_path: Path) -> None:
@@ -163,12 +192,33 @@ def test_a_dead_tracking_server_costs_no_result(pretended: list[str], tmp_path: 
     assert (done.exit_code, "viewStateShareKey=" in done.output) == (0, True)
 
 
+def test_an_unreachable_server_is_said_in_a_sentence() -> None:
+    done = invoke("report", "--tracking-uri", "http://127.0.0.1:9")
+    assert (done.exit_code, "MLflow could not be read" in done.output) == (1, True)
+
+
+def test_sync_goes_past_a_ladder_that_can_not_be_read(climbed: Callable[..., Path]) -> None:
+    broken, whole = climbed(), climbed()
+    next(broken.glob("00-baseline/*/result.json")).write_text("{")
+    done = invoke("sync", str(whole.parent))
+    assert done.exit_code == 1
+    assert f"{broken.name} is not recorded" in done.output
+    assert f"{whole.name}\n" in done.output
+
+
+def test_without_mlflow_one_is_told_how_to_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    done = invoke("ladder")
+    assert (done.exit_code, "--no-track" in done.output) == (2, True)
+
+
 def test_report_reads_the_spool_and_mlflow_alike(pretended: list[str], tmp_path: Path) -> None:
     invoke("ladder")
     from_spool = invoke("report", "spool", "--output", "one")
     from_mlflow = invoke("report", "--output", "two")
     assert from_spool.exit_code == from_mlflow.exit_code == 0
-    assert (tmp_path / "one/report.md").read_text() == (tmp_path / "two/report.md").read_text()
+    one, two = ((tmp_path / name / "report.md").read_text() for name in ("one", "two"))
+    assert one.startswith(two)  # the spool also knows the ladder's notes
 
 
 def test_interrupting_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,8 +226,9 @@ def test_interrupting_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None
         raise KeyboardInterrupt
 
     monkeypatch.setattr(climbing, "launch", interrupt)
-    done = invoke("ladder", "--no-track")
-    assert (done.exit_code, "--resume" in done.output) == (130, True)
+    for arguments in (("ladder", "--no-track"), ("ladder",)):
+        done = invoke(*arguments)
+        assert (done.exit_code, "--resume" in done.output) == (130, True)
 
 
 def test_sync_takes_folders_made_elsewhere(climbed: Callable[..., Path]) -> None:

@@ -107,5 +107,5 @@ def test_the_spool_has_the_seeds_files(store: tuple[Path, str]) -> None:
         (folder,) = (store[0] / "spool").glob(f"*/{rung}/r1-a1")
         header = (folder / "result.csv").read_text().splitlines()[0]
         assert header.startswith("pipeline_cls,ckpt_id,bf16,sdpa,")
-        assert (folder / "image.jpg").stat().st_size <= 200 * 1024
+        assert (folder / "image.jpg").stat().st_size <= 200_000
         assert (folder / "requirements.txt").read_text().count("==") > 50

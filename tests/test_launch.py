@@ -1,9 +1,11 @@
 """A worker's end is always an outcome, whatever the end was."""
 
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 
 from diffusion_fast import launch, spool
@@ -51,6 +53,22 @@ def test_a_worker_that_takes_too_long_is_ended_with_its_children(
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
+def test_ending_the_parent_ends_the_worker(tmp_path: Path) -> None:
+    """As `timeout` and schedulers do it, with SIGTERM."""
+    command = (sys.executable, "-m", "diffusion_fast", "run", "--no-track", "--spool", str(tmp_path / "spool"))
+    parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    while "importing" not in parent.stdout.readline():
+        assert parent.poll() is None
+    workers = psutil.Process(parent.pid).children()
+    parent.terminate()
+    _, said = parent.communicate(timeout=60)
+    assert parent.returncode == 130
+    assert "--resume goes on" in said
+    assert workers
+    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+
+
 def test_a_worker_that_leaves_without_a_word_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, spec = prepared(tmp_path)
     impostor(tmp_path, "exit 3", monkeypatch)
@@ -84,13 +102,13 @@ def test_caches_are_a_rungs_own_unless_shared(tmp_path: Path, monkeypatch: pytes
     folder, spec = prepared(tmp_path)
     seen = tmp_path / "seen"
     impostor(
-        tmp_path, f"echo $TORCHINDUCTOR_CACHE_DIR $TRITON_CACHE_DIR $DIFFUSION_FAST_CACHE_SHARED >> {seen}", monkeypatch
+        tmp_path, f"echo $TORCHINDUCTOR_CACHE_DIR $TRITON_CACHE_DIR $DIFFUSION_FAST_SHARED_CACHE >> {seen}", monkeypatch
     )
     launch.launch(spec, folder, timeout_s=60)
-    launch.launch(spec, folder, timeout_s=60, shared_cache=tmp_path / "all")
+    launch.launch(replace(spec, attempt=2), folder, timeout_s=60, shared_cache=tmp_path / "all")
     own = folder / ".cache" / "00-baseline"
     assert seen.read_text().splitlines() == [
-        f"{own}/inductor {own}/triton 0",
+        f"{own}/inductor {own}/triton",
         f"{tmp_path}/all/inductor {tmp_path}/all/triton 1",
     ]
 

@@ -13,7 +13,7 @@ from diffusers.models.attention_processor import Attention, AttnProcessor, AttnP
 from diffusion_fast import optimizations as registry
 from diffusion_fast.models import MODELS
 from diffusion_fast.optimizations import OPTIMIZATIONS, Build
-from diffusion_fast.pipeline import build_pipeline, byte_tokenizer, call
+from diffusion_fast.pipeline import _from_configs, build_pipeline, byte_tokenizer, call
 from diffusion_fast.plan import plan_recipe
 from diffusion_fast.spec import Recipe
 from tests.conftest import CPU, planned
@@ -199,6 +199,30 @@ def test_the_fp16_fix_proves_that_the_vae_was_replaced() -> None:
     made.pipe.vae.register_to_config(force_upcast=True)
     with pytest.raises(RuntimeError, match="still asks to be upcast"):
         made.proofs["vae_fp16_fix"]()
+
+
+def test_sdxl_is_built_at_its_full_size() -> None:
+    """On the meta device, which has no memory: the published parameter counts."""
+    spec = replace(planned(model="sdxl", weights="random").rungs[0], device="meta")  # type: ignore[arg-type]
+    pipe = _from_configs(Build(MODELS["sdxl"], spec))
+    sizes = {name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("unet", "vae")}
+    sizes |= {
+        name: sum(p.numel() for p in getattr(pipe, name).parameters()) for name in ("text_encoder", "text_encoder_2")
+    }
+    assert sizes == {
+        "unet": 2_567_463_684,
+        "vae": 83_653_863,
+        "text_encoder": 123_060_480,
+        "text_encoder_2": 694_659_840,
+    }
+
+
+def test_the_seeds_list_leaves_537_of_sdxls_743_linears() -> None:
+    spec = replace(planned(model="sdxl", weights="random").rungs[0], device="meta")  # type: ignore[arg-type]
+    unet = _from_configs(Build(MODELS["sdxl"], spec)).unet
+    shapes = [(m.in_features, m.out_features) for m in unet.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(shapes) == 743
+    assert sum(shape not in MODELS["sdxl"].int8_excluded_shapes for shape in shapes) == 537
 
 
 def test_the_byte_tokenizer_reads_any_text_and_ends_with_its_highest_id() -> None:

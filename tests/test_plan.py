@@ -29,6 +29,7 @@ V100 = plan.Device("cuda", "NVIDIA V100", (7, 0))
             V100,
             "int8_dynamic needs compute capability 8.0, and NVIDIA V100 has 7.0",
         ),
+        (("fp16",), CPU, "fp16 runs on cuda only"),
         (("vae_fp16_fix",), CPU, "vae_fp16_fix can't be applied to tiny"),
         (("int8_dynamik",), CPU, "the nearest are int8_dynamic"),
     ],
@@ -39,6 +40,13 @@ def test_an_impossible_recipe_is_refused_in_one_sentence(
     with pytest.raises(ValueError, match=says) as refusal:
         plan.plan_recipe(MODELS["tiny"], Recipe("mine", names), device)
     assert str(refusal.value).count("\n") == 0
+
+
+def test_fp16_requires_the_other_vae_where_the_models_own_overflows() -> None:
+    with pytest.raises(ValueError, match="fp16 requires vae_fp16_fix on sdxl"):
+        plan.plan_recipe(MODELS["sdxl"], Recipe("mine", ("fp16",)), H100)
+    assert plan.plan_recipe(MODELS["sdxl"], Recipe("mine", ("fp16", "vae_fp16_fix")), H100)
+    assert plan.plan_recipe(MODELS["tiny"], Recipe("mine", ("fp16",)), H100) == ("fp16",)
 
 
 def test_the_stage_decides_the_order_not_the_person() -> None:

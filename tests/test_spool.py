@@ -59,12 +59,35 @@ def test_what_is_missing_is_what_has_no_result(tmp_path: Path) -> None:
 
 
 def test_a_ladder_is_resumed_only_by_its_equal(tmp_path: Path) -> None:
-    older, newer, other = planned(), planned(), planned(seed=1)
-    for ladder in (replace(older, id="1"), replace(newer, id="2"), replace(other, id="3")):
-        spool.save_ladder(tmp_path, ladder)
+    older, newer, other, tagged = planned(), planned(), planned(seed=1), planned(tag="mine")
+    elsewhere = replace(planned(), machine={"device": "another", "torch": "1"})
+    for number, ladder in enumerate((older, newer, other, tagged, elsewhere), 1):
+        spool.save_ladder(tmp_path, replace(ladder, id=str(number)))
     assert climbing.find_resumable(tmp_path, planned()) == tmp_path / "2"
     assert climbing.find_resumable(tmp_path, planned(steps=3)) is None
     assert climbing.find_resumable(tmp_path / "nowhere", planned()) is None
+
+
+def test_two_processes_do_not_work_on_one_ladder(tmp_path: Path) -> None:
+    folder = spool.save_ladder(tmp_path, planned())
+    with spool.alone(folder), pytest.raises(ValueError, match="by another process"), spool.alone(folder):
+        pass
+    with spool.alone(folder):
+        pass
+
+
+def test_what_can_not_be_read_is_named(tmp_path: Path) -> None:
+    ladder = planned()
+    folder = spool.save_ladder(tmp_path, ladder)
+    keep(folder, result(ladder.rungs[0]))
+    (folder / "00-baseline" / "r1-a1.bak").mkdir()  # a copy of a person's own is no attempt
+    path = keep(folder, result(ladder.rungs[1])) / spool.RESULT
+    path.write_text('{"samples_s": ')
+    with pytest.raises(ValueError, match=r"01-bf16/r1-a1/result\.json can't be read"):
+        list(spool.outcomes(folder))
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=r"01-bf16/r1-a1/result\.json can't be read"):
+        list(spool.outcomes(folder))
 
 
 def test_ladders_are_found_wherever_one_points(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from diffusion_fast import spool, tracking, view
-from tests.conftest import keep, planned, result
+from tests.conftest import failure, keep, planned, result
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_recording_that_was_cut_off_goes_on_where_it_stopped(
 ) -> None:
     folder = climbed()
     with monkeypatch.context() as broken, pytest.raises(tracking.TrackingError, match="disk full"):
-        broken.setattr(tracking, "_record_artifacts", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        broken.setattr(tracking, "_record_artifacts", lambda *_: (_ for _ in ()).throw(ValueError("disk full")))
         tracking.record(folder, tracking_uri=store)
     tracking.finish(folder, tracking_uri=store)
     frame = tracking.load_runs(tracking_uri=store)
@@ -106,7 +106,7 @@ def test_speed_ups_come_when_their_base_does(store: str, tmp_path: Path) -> None
     folder = spool.save_ladder(tmp_path / "spool", ladder)
     keep(folder, result(ladder.rungs[1], 2.0))
     tracking.record(folder, tracking_uri=store)
-    assert "speedup" not in tracking.load_runs(tracking_uri=store)
+    assert tracking.load_runs(tracking_uri=store)["speedup"].isna().all()
     keep(folder, result(ladder.rungs[0], 4.0))
     tracking.record(folder, tracking_uri=store)
     assert list(tracking.load_runs(tracking_uri=store)["speedup"]) == [1.0, 2.0]
@@ -147,6 +147,39 @@ def test_an_unreachable_server_is_said_soon(climbed: Callable[..., Path], monkey
     with pytest.raises(tracking.TrackingError, match="127"):
         tracking.record(climbed(), tracking_uri="http://127.0.0.1:9")
     assert time.monotonic() - start < 60
+
+
+def test_the_columns_are_there_before_any_run_is(store: str) -> None:
+    client().create_experiment("empty")
+    frame = tracking.load_runs("empty", tracking_uri=store)
+    assert len(frame) == 0
+    assert {"model", "latency_median_s", "speedup", "warmed_up"} <= set(frame.columns)
+    assert frame["latency_median_s"].dtype.kind == "f"
+
+
+def test_a_failed_rung_leaves_the_types_alone(store: str, climbed: Callable[..., Path]) -> None:
+    tracking.finish(climbed((2.0, None)), tracking_uri=store)
+    frame = tracking.load_runs(tracking_uri=store)
+    assert [frame[column].dtype.kind for column in ("latency_median_s", "steps", "warmed_up")] == ["f", "i", "b"]
+
+
+def test_a_deleted_experiment_is_said_to_be_deleted(store: str, climbed: Callable[..., Path]) -> None:
+    client().delete_experiment(client().create_experiment(tracking.EXPERIMENT))
+    with pytest.raises(tracking.TrackingError, match="was deleted"):
+        tracking.record(climbed(), tracking_uri=store)
+
+
+def test_without_any_outcome_a_ladder_is_a_parent_alone(store: str, climbed: Callable[..., Path]) -> None:
+    recorded = tracking.finish(climbed(()), tracking_uri=store, interrupted=True)
+    assert client().get_run(recorded.parent_run_id).info.status == "KILLED"
+
+
+def test_a_missing_reference_is_a_failed_ladder_that_says_why(store: str, climbed: Callable[..., Path]) -> None:
+    folder = climbed()
+    keep(folder, failure(spool.read_ladder(folder).reference))
+    parent = client().get_run(tracking.finish(folder, tracking_uri=store).parent_run_id)
+    assert parent.info.status == "FAILED"
+    assert "there is no reference" in parent.data.tags["mlflow.note.content"]
 
 
 def test_an_unknown_experiment_is_named(store: str) -> None:

@@ -1,0 +1,101 @@
+"""What a worker does with a measurement once it has it. The pipeline is a stand-in; time and memory are real."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from diffusion_fast import models, pipeline, spool, worker
+from diffusion_fast.optimizations import Build
+from diffusion_fast.spec import RunSpec
+from tests.conftest import planned
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RunSpec, Path]:
+    ladder = planned()
+    folder = spool.run_folder(spool.save_ladder(tmp_path, ladder), ladder.rungs[0])
+    folder.mkdir(parents=True)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8))
+    build = Build(models.MODELS["tiny"], ladder.rungs[0], pipe=SimpleNamespace())
+    monkeypatch.setattr(worker, "_load", lambda spec, progress: (build, {"int8": {"calibration_s": 1.0}}, 0.25))
+
+    def call(build: Build) -> list[Any]:
+        time.sleep(0.3)
+        return [noise]
+
+    monkeypatch.setattr(pipeline, "call", call)
+    monkeypatch.setattr(worker, "_phases", lambda build: ({"denoising_s": 0.2}, to_floats(noise)))
+    return ladder.rungs[0], folder
+
+
+def to_floats(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 255
+
+
+class Silent:
+    stage = ""
+
+    def __call__(self, stage: str) -> None:
+        self.stage = stage
+
+
+def test_a_measurement_has_its_samples_its_image_and_its_fidelity(prepared: tuple[RunSpec, Path]) -> None:
+    spec, folder = prepared
+    reference = spool.reference_file(folder.parents[1])
+    reference.parent.mkdir()
+    save_file({"image": torch.rand(1, 3, 1024, 1024)}, reference)
+    result = worker.measure_rung(spec, folder, Silent())  # type: ignore[arg-type]
+    assert len(result.samples_s) >= 10
+    assert result.latency_median_s == pytest.approx(0.3, abs=0.05)
+    assert result.psnr_db is not None
+    assert result.psnr_db < 15
+    assert (result.problem, result.image_repeats, result.warmed_up) == ("", True, True)
+    assert (folder / "image.png").is_file()
+    assert 50_000 < (folder / "image.jpg").stat().st_size <= 200_000  # noise hardly compresses
+
+
+def test_what_fails_after_the_timed_calls_costs_no_measurement(
+    prepared: tuple[RunSpec, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, folder = prepared
+    reference = spool.reference_file(folder.parents[1])
+    reference.parent.mkdir()
+    save_file({"image": torch.rand(1, 3, 1024, 1024)}, reference)
+    broken = torch.full((1, 3, 1024, 1024), float("nan"))
+    monkeypatch.setattr(worker, "_phases", lambda build: ({"denoising_s": 0.2}, broken))
+    monkeypatch.setattr(worker, "_to_pil", lambda image: [])
+    result = worker.measure_rung(spec, folder, Silent())  # type: ignore[arg-type]
+    assert result.latency_median_s > 0
+    assert result.phases == {"denoising_s": 0.2}
+    assert (result.psnr_db, result.image_repeats) == (None, False)
+    assert "not finite" in result.problem
+
+
+@pytest.mark.parametrize(("shared", "filled"), [("", "warm"), ("1", "shared")])
+def test_the_state_of_the_compile_cache_is_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: str, filled: str
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.setenv("DIFFUSION_FAST_SHARED_CACHE", shared)
+    eager, compiled = planned().rungs[0], planned().rungs[3]
+    assert worker._cache_state(eager) == "none"
+    assert worker._cache_state(compiled) == "cold"
+    (tmp_path / "inductor" / "ab").mkdir(parents=True)
+    assert worker._cache_state(compiled) == filled
+
+
+def test_the_age_of_the_process_is_its_age() -> None:
+    before = worker.process_age_s()
+    time.sleep(0.2)
+    assert worker.process_age_s() - before == pytest.approx(0.2, abs=0.05)
+    assert 0 < before < 36_000
