@@ -101,6 +101,13 @@ def test_the_compile_mode_follows_the_device_unless_asked() -> None:
     assert {spec.compile_mode for spec in planned(compile_mode="reduce-overhead").rungs} == {"reduce-overhead"}
 
 
+def test_a_recipe_about_a_mode_keeps_it() -> None:
+    rungs = planned("progressive-modes", H100, "sdxl").rungs
+    assert [spec.compile_mode for spec in rungs[3:]] == ["max-autotune"] * 3 + ["default"] * 3
+    for tuned, plain in zip(rungs[3:6], rungs[6:], strict=True):
+        assert set(tuned.optimizations) - set(plain.optimizations) == {"inductor_tuning"}
+
+
 @pytest.mark.parametrize("settings", [{"steps": 0}, {"batch_size": -1}, {"height": 100}, {"compile_mode": "fast"}])
 def test_impossible_settings_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"must be|There is no compile mode 'fast'"):
