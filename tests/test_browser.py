@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +40,15 @@ BARS = {"latency_median_s": 0, "speedup": 0, "peak_memory_gib": 0, "psnr_db": 1}
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[str]:
-    """MLflow's UI on the test's own store."""
+    """`diffusion-fast ui` in the test's own folder, as a person starts it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    command = (sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    artifacts = ("--default-artifact-root", str(tmp_path / "artifacts"), "--workers", "1")
+    command = (sys.executable, "-m", "diffusion_fast", "ui", "--port", str(port))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     with (tmp_path / "ui.log").open("w") as log:
-        process = subprocess.Popen((*command, *artifacts, "--port", str(port)), stdout=log, stderr=log, cwd=tmp_path)
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=tmp_path, env=environment)
         try:
             for _ in range(240):
                 try:
@@ -61,14 +63,22 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-def test_the_link_opens_on_bars_samples_and_images(server: str, climbed: Callable[..., Path]) -> None:
-    """Recorded through the server, beside another ladder that must not show."""
-    tracking.finish(climbed((1.0,), "other"), tracking_uri=server)
+@pytest.mark.parametrize("through", ["the file", "the server"])
+def test_the_link_opens_on_bars_samples_and_images(
+    server: str, climbed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, through: str
+) -> None:
+    """Beside another ladder, which must not show."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+        monkeypatch.delenv(name, raising=False)
+    uri = server if through == "the server" else None
+    tracking.finish(climbed((1.0,), "other"), tracking_uri=uri)
     folder = climbed()
-    recorded = tracking.finish(folder, tracking_uri=server)
+    recorded = tracking.finish(folder, tracking_uri=uri)
     rungs = [spec.rung for spec in spool.read_ladder(folder).rungs]
-    assert recorded.served
-    assert recorded.link.startswith(server)
+    assert recorded.served == (through == "the server")
+    assert recorded.link.startswith(server if recorded.served else tracking.UI)
+    recorded = replace(recorded, link=recorded.link.replace(tracking.UI, server))
     cards = _look(recorded.link, lambda cards: not _missing(cards, rungs))
     assert _missing(cards, rungs) == []
 
