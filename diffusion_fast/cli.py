@@ -8,26 +8,21 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
 import click
 
+from diffusion_fast import console, plan, spool
 from diffusion_fast import ladder as climbing
-from diffusion_fast import plan, spool
+from diffusion_fast.console import fail
 from diffusion_fast.models import MODELS, WeightsUnreachableError, check_weights
 from diffusion_fast.optimizations import OPTIMIZATIONS
 from diffusion_fast.recipes import LADDERS
-from diffusion_fast.spec import REFERENCE, Failure, Outcome, Recipe, Result, RunSpec
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from diffusion_fast.tracking import Recorded
+from diffusion_fast.spec import Recipe
 
 
 class Auto(click.ParamType[Any]):
@@ -40,11 +35,6 @@ class Auto(click.ParamType[Any]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return None if value in ("auto", None) else self.number.convert(value, param, ctx)
-
-
-def fail(message: str, code: int) -> NoReturn:
-    click.echo(f"Error: {message}", err=True)
-    sys.exit(code)
 
 
 @contextmanager
@@ -212,138 +202,32 @@ def _measure(
     tracking_uri: str | None,
     **settings: Any,
 ) -> None:
-    with wrong_input_exits_2():
-        chosen = plan.Settings(
-            weights=None if weights == "auto" else weights,
-            compile_mode=None if compile_mode == "auto" else compile_mode,
-            guidance_scale=guidance,
-            **settings,
-        )
-        found = plan.find_model(model)
-        planned = plan.plan_ladder(name, recipes, found, device, chosen, notes)
-        for each in only:
-            climbing.resolve(planned, each)
-        try:
-            check_weights(found, planned.reference.weights, plan.hub_parts(planned, found))
-        except WeightsUnreachableError as error:
-            fail(str(error), 1)
-
-        if not no_track and importlib.util.find_spec("mlflow") is None:
-            raise ValueError("mlflow isn't installed: --no-track measures without it, and `sync` records later.")
-        resumed = climbing.find_resumable(root, planned) if resume else None
-        try:
-            folder = resumed or spool.save_ladder(root, planned)
-        except OSError as error:
-            raise ValueError(f"--spool {root} can't be written to: {error}.") from error
-        with spool.alone(folder):
-            _climb(folder, only, timeout, cache_dir, None if no_track else _Recorder(folder, experiment, tracking_uri))
-
-
-def _climb(
-    folder: Path, only: tuple[str, ...], timeout: float, cache_dir: Path | None, recorder: _Recorder | None
-) -> None:
-    current = spool.read_ladder(folder)
-    todo = climbing.missing(folder, only)
-    click.echo(f"{folder}: {len(todo)} of {len(current.rungs)} rungs to measure")
-    for note in current.notes:
-        click.echo(f"  {note}")
-    # Schedulers and `timeout` end a process by SIGTERM, which must not leave a worker behind on the GPU.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        outcomes = climbing.climb(
-            folder,
-            todo,
-            timeout_s=timeout,
-            shared_cache=cache_dir,
-            on_start=_started,
-            on_end=lambda spec, outcome: _ended(spec, outcome, recorder),
-        )
-    except KeyboardInterrupt:
-        if recorder is not None:
-            recorder.finish(interrupted=True)
-        fail(f"Interrupted. What was measured is in {folder}; --resume goes on with the rest.", 130)
-
-    from diffusion_fast import report
-
-    frame = report.from_spool(folder)
-    if len(frame):
-        _show(frame)
-    failed = climbing.failures(outcomes)
-    if recorder is not None:
-        recorder.finish()
-    if failed:
-        logs = ", ".join(str(spool.run_folder(folder, failure.spec) / spool.LOG) for failure in failed)
-        fail(f"{len(failed)} of {len(outcomes)} measurements failed; their logs: {logs}", 1)
-
-
-class _Recorder:
-    """Records as the ladder goes on. A server that fails once is left alone until the end: the spool has it all."""
-
-    def __init__(self, folder: Path, experiment: str | None, tracking_uri: str | None) -> None:
-        # Imported before the first worker starts: its seconds must not fall into anybody's measurement.
-        from diffusion_fast import tracking
-
-        self.tracking = tracking
-        self.folder = folder
-        self.arguments = {
-            "experiment": experiment,
-            "tracking_uri": tracking_uri,
-            "parent_run_id": os.environ.get("MLFLOW_RUN_ID"),
-        }
-        self.broken = False
-        self.rung_ended()
-
-    def rung_ended(self) -> None:
-        if self.broken:
-            return
-        try:
-            self.tracking.record(self.folder, **self.arguments)
-        except self.tracking.TrackingError as error:
-            self.broken = True
-            click.echo(f"  not recorded, and going on: {error}", err=True)
-
-    def finish(self, interrupted: bool = False) -> None:
-        try:
-            recorded = self.tracking.finish(self.folder, interrupted=interrupted, **self.arguments)
-        except self.tracking.TrackingError as error:
-            chosen = {"--tracking-uri": self.arguments["tracking_uri"], "--experiment": self.arguments["experiment"]}
-            flags = "".join(f" {flag} {value}" for flag, value in chosen.items() if value)
-            fail(f"MLflow could not record it ({error}). Later: diffusion-fast sync {self.folder}{flags}", 1)
-        _tell_link(recorded)
-
-
-def _started(spec: RunSpec) -> None:
-    click.echo(f"{spec.rung}{'' if spec.attempt == 1 else f', attempt {spec.attempt}'}")
-
-
-def _ended(spec: RunSpec, outcome: Outcome | None, recorder: _Recorder | None) -> None:
-    clear = "\r\x1b[2K" if sys.stdout.isatty() else ""
-    if isinstance(outcome, Result):
-        click.echo(f"{clear}  {outcome.latency_median_s:.4g} s a call, {outcome.peak_memory_gib:.2f} GiB")
-    elif isinstance(outcome, Failure):
-        click.echo(f"{clear}  failed while {outcome.stage}: {outcome.reason}: {outcome.message.splitlines()[0][:200]}")
-    else:
-        click.echo(f"{clear}  done")
-    if recorder is not None and spec.role != REFERENCE:
-        recorder.rung_ended()
-
-
-def _show(frame: pd.DataFrame) -> None:
-    from rich.console import Console
-
-    from diffusion_fast import report
-
-    # Without a terminal to fit into, a table is as wide as it needs to be.
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(report.table(frame))
-    for warning in report.warnings(frame):
-        click.echo(f"Warning: {warning}")
-
-
-def _tell_link(recorded: Recorded) -> None:
-    click.echo(f"\nThe comparison: {recorded.link}")
-    if not recorded.served:
-        click.echo("(served by: diffusion-fast ui)")
+    with ExitStack() as held:
+        with wrong_input_exits_2():
+            chosen = plan.Settings(
+                weights=None if weights == "auto" else weights,
+                compile_mode=None if compile_mode == "auto" else compile_mode,
+                guidance_scale=guidance,
+                **settings,
+            )
+            found = plan.find_model(model)
+            planned = plan.plan_ladder(name, recipes, found, device, chosen, notes)
+            for each in only:
+                climbing.resolve(planned, each)
+            try:
+                check_weights(found, planned.reference.weights, plan.hub_parts(planned, found))
+            except WeightsUnreachableError as error:
+                fail(str(error), 1)
+            if not no_track and importlib.util.find_spec("mlflow") is None:
+                raise ValueError("mlflow isn't installed: --no-track measures without it, and `sync` records later.")
+            resumed = climbing.find_resumable(root, planned) if resume else None
+            try:
+                folder = resumed or spool.save_ladder(root, planned)
+            except OSError as error:
+                raise ValueError(f"--spool {root} can't be written to: {error}.") from error
+            held.enter_context(spool.alone(folder))
+        recorder = None if no_track else console.Recorder(folder, experiment, tracking_uri)
+        console.climb(folder, only, timeout, cache_dir, recorder)
 
 
 @main.command()
@@ -375,7 +259,7 @@ def report(
                 frame, notes = reporting.one_ladder(load_runs(experiment, tracking_uri), ladder_id), ()
             except TrackingError as error:
                 fail(f"MLflow could not be read: {error}", 1)
-    _show(frame)
+    console.show(frame)
     for path in reporting.write(frame, output, notes):
         click.echo(path)
 
@@ -400,7 +284,7 @@ def sync(folder: Path, experiment: str | None, tracking_uri: str | None) -> None
             failed = True
             click.echo(f"Error: {path.name} is not recorded: {error}", err=True)
     if recorded is not None:
-        _tell_link(recorded)
+        console.tell_link(recorded)
     sys.exit(int(failed))
 
 

@@ -1,0 +1,134 @@
+"""A ladder as a person at a terminal sees it: what goes on, the table, the link, and how it ended."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from diffusion_fast import ladder as climbing
+from diffusion_fast import spool
+from diffusion_fast.spec import REFERENCE, Failure, Outcome, Result, RunSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from diffusion_fast.tracking import Recorded
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Say what is wrong in one sentence, and leave."""
+    click.echo(f"Error: {message}", err=True)
+    sys.exit(code)
+
+
+def climb(
+    folder: Path, only: tuple[str, ...], timeout: float, cache_dir: Path | None, recorder: Recorder | None
+) -> None:
+    """Measure what is missing of a ladder, or of `only`, and show what came of it. Exits with 1 or 130 on failures."""
+    current = spool.read_ladder(folder)
+    todo = climbing.missing(folder, only)
+    click.echo(f"{folder}: {len(todo)} of {len(current.rungs)} rungs to measure")
+    for note in current.notes:
+        click.echo(f"  {note}")
+    # Schedulers and `timeout` end a process by SIGTERM, which must not leave a worker behind on the GPU.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        outcomes = climbing.climb(
+            folder,
+            todo,
+            timeout_s=timeout,
+            shared_cache=cache_dir,
+            on_start=_started,
+            on_end=lambda spec, outcome: _ended(spec, outcome, recorder),
+        )
+    except KeyboardInterrupt:
+        if recorder is not None:
+            recorder.finish(interrupted=True)
+        fail(f"Interrupted. What was measured is in {folder}; --resume goes on with the rest.", 130)
+
+    from diffusion_fast import report
+
+    frame = report.from_spool(folder)
+    if len(frame):
+        show(frame)
+    failed = climbing.failures(outcomes)
+    if recorder is not None:
+        recorder.finish()
+    if failed:
+        logs = ", ".join(str(spool.run_folder(folder, failure.spec) / spool.LOG) for failure in failed)
+        fail(f"{len(failed)} of {len(outcomes)} measurements failed; their logs: {logs}", 1)
+
+
+class Recorder:
+    """Records as the ladder goes on. A server that fails once is left alone until the end: the spool has it all."""
+
+    def __init__(self, folder: Path, experiment: str | None, tracking_uri: str | None) -> None:
+        # Imported before the first worker starts: its seconds must not fall into anybody's measurement.
+        from diffusion_fast import tracking
+
+        self.tracking = tracking
+        self.folder = folder
+        self.arguments = {
+            "experiment": experiment,
+            "tracking_uri": tracking_uri,
+            "parent_run_id": os.environ.get("MLFLOW_RUN_ID"),
+        }
+        self.broken = False
+        self.rung_ended()
+
+    def rung_ended(self) -> None:
+        if self.broken:
+            return
+        try:
+            self.tracking.record(self.folder, **self.arguments)
+        except self.tracking.TrackingError as error:
+            self.broken = True
+            click.echo(f"  not recorded, and going on: {error}", err=True)
+
+    def finish(self, interrupted: bool = False) -> None:
+        try:
+            recorded = self.tracking.finish(self.folder, interrupted=interrupted, **self.arguments)
+        except self.tracking.TrackingError as error:
+            chosen = {"--tracking-uri": self.arguments["tracking_uri"], "--experiment": self.arguments["experiment"]}
+            flags = "".join(f" {flag} {value}" for flag, value in chosen.items() if value)
+            fail(f"MLflow could not record it ({error}). Later: diffusion-fast sync {self.folder}{flags}", 1)
+        tell_link(recorded)
+
+
+def _started(spec: RunSpec) -> None:
+    click.echo(f"{spec.rung}{'' if spec.attempt == 1 else f', attempt {spec.attempt}'}")
+
+
+def _ended(spec: RunSpec, outcome: Outcome | None, recorder: Recorder | None) -> None:
+    clear = "\r\x1b[2K" if sys.stdout.isatty() else ""
+    if isinstance(outcome, Result):
+        click.echo(f"{clear}  {outcome.latency_median_s:.4g} s a call, {outcome.peak_memory_gib:.2f} GiB")
+    elif isinstance(outcome, Failure):
+        click.echo(f"{clear}  failed while {outcome.stage}: {outcome.reason}: {outcome.message.splitlines()[0][:200]}")
+    else:
+        click.echo(f"{clear}  done")
+    if recorder is not None and spec.role != REFERENCE:
+        recorder.rung_ended()
+
+
+def show(frame: pd.DataFrame) -> None:
+    from rich.console import Console
+
+    from diffusion_fast import report
+
+    # Without a terminal to fit into, a table is as wide as it needs to be.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(report.table(frame))
+    for warning in report.warnings(frame):
+        click.echo(f"Warning: {warning}")
+
+
+def tell_link(recorded: Recorded) -> None:
+    click.echo(f"\nThe comparison: {recorded.link}")
+    if not recorded.served:
+        click.echo("(served by: diffusion-fast ui)")
