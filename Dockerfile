@@ -1,6 +1,8 @@
 # The measuring environment for an NVIDIA GPU:
-#   docker build -t diffusion-fast .
-#   docker run --rm --gpus all -v "$PWD/spool:/work/spool" diffusion-fast ladder --model sdxl --no-track
+#   docker build --build-arg COMMIT="$(git rev-parse --short=12 HEAD)" -t diffusion-fast .
+#   mkdir -p spool && docker run --rm --gpus all --user "$(id -u)" --env HOME=/tmp -v "$PWD/spool:/work/spool" \
+#       diffusion-fast ladder --model sdxl --no-track
+# Results belong to whoever ran it, and `diffusion-fast sync spool` records them outside.
 FROM nvidia/cuda:13.0.1-runtime-ubuntu24.04
 
 # Triton compiles its launchers with a C compiler; Python's headers are for it too.
@@ -18,6 +20,10 @@ COPY diffusion_fast /src/diffusion_fast
 RUN pip install --no-cache-dir --no-deps /src
 
 RUN useradd --create-home --uid 10001 measurer && install --directory --owner measurer /work
+# Which commit a result came from: the image has no history to ask.
+ARG COMMIT=""
+ENV DIFFUSION_FAST_COMMIT=$COMMIT
+
 USER measurer
 WORKDIR /work
 ENTRYPOINT ["diffusion-fast"]
