@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ def compare(image: Any, reference: Any) -> Fidelity:
     if not (torch.isfinite(image).all() and torch.isfinite(reference).all()):
         raise ValueError("the image has values that are not finite")
     identical = bool(torch.equal(image, reference))
-    psnr = None if identical else float(peak_signal_noise_ratio(image, reference, data_range=1.0))
+    psnr = float(peak_signal_noise_ratio(image, reference, data_range=1.0))
     ssim = structural_similarity_index_measure(image, reference, data_range=1.0)
     assert isinstance(ssim, torch.Tensor)
-    return Fidelity(psnr, float(ssim), identical)
+    return Fidelity(psnr if math.isfinite(psnr) else None, float(ssim), identical)

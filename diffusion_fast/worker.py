@@ -93,7 +93,7 @@ def make_reference(spec: RunSpec, folder: Path, progress: Progress) -> None:
 
 
 def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
-    """The measurement itself. Raises whatever goes wrong."""
+    """The measurement itself, kept as soon as it is there. Raises whatever goes wrong before that."""
     cache_state = _cache_state(spec)
     build, applied, import_s = _load(spec, progress)
     from diffusion_fast import measure
@@ -135,8 +135,10 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
         phases={},
         memory=memory,
         image_repeats=len({_bytes(batch) for batch in images}) == 1,
+        problem="the worker ended before it had the phases and the fidelity",
     )
-    # The measurement is there. What follows may fail without taking it along.
+    # The measurement is there. What follows may fail, or be killed, without taking it along.
+    spool.write_json(folder / spool.RESULT, result.to_dict())
     try:
         _save_image(images[0], folder)
         result = replace(result, environment=_environment(spec, folder))
@@ -145,7 +147,8 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
         repeats = result.image_repeats and _bytes(_to_pil(decoded)) == _bytes(images[0])
         result = replace(result, phases=phases, image_repeats=repeats)
         progress("comparing")
-        result = replace(result, **_fidelity(decoded, spool.reference_file(folder.parents[1])))
+        fidelity = _fidelity(decoded, spool.reference_file(folder.parents[1]))
+        result = replace(result, **fidelity, problem="")
     except Exception as error:
         traceback.print_exc()
         result = replace(result, problem=f"{progress.stage}: {type(error).__name__}: {error}")

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from diffusion_fast import models, pipeline, spool, worker
 from diffusion_fast.optimizations import Build
-from diffusion_fast.spec import RunSpec
+from diffusion_fast.spec import Result, RunSpec
 from tests.conftest import planned
 
 
@@ -78,6 +78,22 @@ def test_what_fails_after_the_timed_calls_costs_no_measurement(
     assert result.phases == {"denoising_s": 0.2}
     assert (result.psnr_db, result.image_repeats) == (None, False)
     assert "not finite" in result.problem
+
+
+def test_what_is_killed_after_the_timed_calls_leaves_its_measurement(
+    prepared: tuple[RunSpec, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(build: Build) -> None:
+        raise KeyboardInterrupt  # like a kill, nothing in the worker catches it
+
+    spec, folder = prepared
+    monkeypatch.setattr(worker, "_phases", killed)
+    with pytest.raises(KeyboardInterrupt):
+        worker.measure_rung(spec, folder, Silent())  # type: ignore[arg-type]
+    kept = spool.read_outcome(folder)
+    assert isinstance(kept, Result)
+    assert len(kept.samples_s) >= 10
+    assert "before it had the phases" in kept.problem
 
 
 @pytest.mark.parametrize(("shared", "filled"), [("", "warm"), ("1", "shared")])
