@@ -56,7 +56,7 @@ def climb(
     frame = report.from_spool(folder)
     if len(frame):
         show(frame)
-    failed = climbing.failures(outcomes)
+    failed = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
     if recorder is not None:
         recorder.finish()
     if failed:

@@ -9,7 +9,7 @@ from pathlib import Path
 from diffusion_fast import spool
 from diffusion_fast.launch import launch
 from diffusion_fast.plan import lookup
-from diffusion_fast.spec import Failure, Ladder, Outcome, Result, RunSpec
+from diffusion_fast.spec import Ladder, Outcome, Result, RunSpec
 
 
 def climb(
@@ -63,7 +63,3 @@ def find_resumable(root: Path, planned: Ladder) -> Path | None:
         if key(spool.read_ladder(folder)) == key(planned):
             return folder
     return None
-
-
-def failures(outcomes: Iterable[Outcome]) -> list[Failure]:
-    return [outcome for outcome in outcomes if isinstance(outcome, Failure)]

@@ -35,8 +35,9 @@ def from_spool(folder: Path) -> pd.DataFrame:
     """One row a rung of a ladder's folder: its last result, or its last failure where it never had one."""
     import pandas as pd
 
-    base = spool.speedup_base(folder)
-    return pd.DataFrame([rows.row(outcome, base) for outcome in spool.last_outcomes(folder).values()])
+    last = spool.last_outcomes(folder)
+    base = spool.speedup_base(spool.read_ladder(folder), last)
+    return pd.DataFrame([rows.row(outcome, base) for outcome in last.values()])
 
 
 def one_ladder(frame: pd.DataFrame, ladder_id: str | None = None) -> pd.DataFrame:

@@ -137,9 +137,9 @@ def last_outcomes(ladder_folder: Path) -> dict[str, Outcome]:
     return last
 
 
-def speedup_base(ladder_folder: Path) -> Result | None:
+def speedup_base(ladder: Ladder, last: dict[str, Outcome]) -> Result | None:
     """The result of the ladder's first rung, which the others' speed-ups are against; None while there is none."""
-    first = last_outcomes(ladder_folder).get(read_ladder(ladder_folder).rungs[0].rung)
+    first = last.get(ladder.rungs[0].rung)
     return first if isinstance(first, Result) else None
 
 

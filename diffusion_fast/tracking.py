@@ -86,7 +86,7 @@ def _record(client: MlflowClient, folder: Path, experiment: str | None, parent_r
     experiment_id = parent.info.experiment_id
     search_filter = f"tags.kind = 'rung' and tags.ladder_id = '{ladder.id}'"
     known = {run.data.tags["measurement_id"]: run for run in _search(client, experiment_id, search_filter)}
-    base = spool.speedup_base(folder)
+    base = spool.speedup_base(ladder, spool.last_outcomes(folder))
     for run_folder, outcome in spool.outcomes(folder):
         run = known.get(outcome.spec.measurement_id)
         _record_rung(client, parent, run, run_folder, outcome, base)
@@ -167,9 +167,9 @@ def _record_rung(
     if DONE in has.tags:
         return
     _record_artifacts(client, run.info.run_id, folder, outcome)
-    client.set_tag(run.info.run_id, DONE, "True")
     status = "FAILED" if isinstance(outcome, Failure) else "FINISHED"
     client.set_terminated(run.info.run_id, status, finished_ms)
+    client.set_tag(run.info.run_id, DONE, "True")
 
 
 def _record_artifacts(client: MlflowClient, run_id: str, folder: Path, outcome: Outcome) -> None:

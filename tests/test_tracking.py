@@ -91,6 +91,19 @@ def test_a_recording_that_was_cut_off_goes_on_where_it_stopped(
     assert len(client().get_metric_history(frame["run_id"][0], "latency_sample_s")) == 3
 
 
+def test_a_run_that_was_not_ended_is_ended_by_the_next_recording(
+    store: str, climbed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    folder = climbed((1.0,))
+    with monkeypatch.context() as broken, pytest.raises(tracking.TrackingError, match="gone"):
+        broken.setattr(MlflowClient, "set_terminated", lambda *_: (_ for _ in ()).throw(OSError("gone")))
+        tracking.record(folder, tracking_uri=store)
+    tracking.record(folder, tracking_uri=store)
+    assert list(tracking.load_runs(tracking_uri=store)["status"]) == ["FINISHED"]
+
+
 def test_a_rung_that_failed_is_a_failed_run_with_its_reason(store: str, climbed: Callable[..., Path]) -> None:
     recorded = tracking.finish(climbed((2.0, None, 1.0)), tracking_uri=store)
     assert client().get_run(recorded.parent_run_id).info.status == "FAILED"
