@@ -113,13 +113,18 @@ def _kernel(path: str, name: str) -> Any:
 def parallel_coordinate_descent() -> Prefetch:
     """Install it in this process, before a compiled module's first call. Every later call returns the same account.
 
-    It sits on private parts of torch, and fails here, at once, where torch no longer has them.
+    It sits on private parts of torch. Where they are gone, the descent stays as it is, and the account says why.
     """
-    from torch._inductor.runtime.coordinate_descent_tuner import CoordescTuner
-    from torch._inductor.runtime.triton_heuristics import CachingAutotuner
-
-    descend, compare = CachingAutotuner._coordinate_descent_tuning, CoordescTuner.compare_config
     account = Prefetch()
+    try:
+        from torch._inductor.runtime.coordinate_descent_tuner import CoordescTuner
+        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+
+        descend, compare = CachingAutotuner._coordinate_descent_tuning, CoordescTuner.compare_config
+    except (ImportError, AttributeError) as error:
+        account.given_up = True
+        account._note(error)
+        return account
 
     @functools.wraps(descend)
     def descend_behind(autotuner: Any, launcher: Any, *args: Any, **kwargs: Any) -> Any:

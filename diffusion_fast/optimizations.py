@@ -10,9 +10,10 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from diffusion_fast.inductor import parallel_coordinate_descent
 from diffusion_fast.spec import DTYPES, Model, RunSpec
 
 STAGES = ("load", "attention", "layout", "fuse", "swap", "quantize", "inductor", "compile")
@@ -363,6 +364,9 @@ def compile(build: Build) -> dict[str, Any]:  # noqa: A001 - it is called what t
     options = torch._inductor.list_mode_options(build.spec.compile_mode) | build.compile_options
     # Compiling the VAE itself would miss `vae.decode`; its decoder is where the work is.
     modules = {build.model.denoiser: build.denoiser, "vae.decoder": build.pipe.vae.decoder}
+    # Which kernels are chosen is the flags' business; that the search for them uses every core is everybody's.
+    searched = build.spec.device == "cuda" and options.get("coordinate_descent_tuning")
+    ahead = parallel_coordinate_descent() if searched else None
     for module in modules.values():
         module.compile(fullgraph=True, options=options)
 
@@ -370,7 +374,7 @@ def compile(build: Build) -> dict[str, Any]:  # noqa: A001 - it is called what t
         graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
         if graphs < len(modules) or breaks:
             raise RuntimeError(f"compile: {graphs} graphs and {breaks} graph breaks for {len(modules)} modules")
-        return {"graphs": graphs, "graph_breaks": breaks}
+        return {"graphs": graphs, "graph_breaks": breaks} | ({"compiled_ahead": asdict(ahead)} if ahead else {})
 
     build.proofs["compile"] = proof
     return {"modules": list(modules), "mode": build.spec.compile_mode, "options": options}

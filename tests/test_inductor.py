@@ -204,6 +204,15 @@ def test_installing_twice_is_installing_once(install: Any) -> None:
     assert CachingAutotuner._coordinate_descent_tuning is installed
 
 
+def test_a_torch_without_these_parts_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(CachingAutotuner, "_coordinate_descent_tuning")
+    inductor.parallel_coordinate_descent.cache_clear()
+    account = inductor.parallel_coordinate_descent()
+    inductor.parallel_coordinate_descent.cache_clear()
+    assert account.given_up
+    assert "_coordinate_descent_tuning" in account.error
+
+
 def test_the_job_compiles_a_config_of_the_kernel_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "cabc.py"
     source.write_text("class Kernel:\n    done = []\n    _precompile_config = done.append\ntriton_fake = Kernel\n")

@@ -192,6 +192,20 @@ def test_max_autotune_is_what_pytorch_says_it_is() -> None:
     assert applied["compile"]["options"] == torch._inductor.list_mode_options("max-autotune")
 
 
+def test_the_account_of_compiling_ahead_is_recorded_where_the_gpu_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo.utils import counters
+
+    from diffusion_fast.inductor import Prefetch
+
+    monkeypatch.setattr(registry, "parallel_coordinate_descent", lambda: Prefetch(kernels=3))
+    monkeypatch.setitem(counters["stats"], "unique_graphs", 2)
+    made, _ = build("compile", "inductor_tuning")
+    assert "compiled_ahead" not in made.proofs["compile"]()  # a CPU has no descent
+    made.spec = replace(made.spec, device="cuda")
+    registry.OPTIMIZATIONS["compile"].apply(made)
+    assert made.proofs["compile"]()["compiled_ahead"]["kernels"] == 3
+
+
 def test_the_fp16_fix_proves_that_the_vae_was_replaced() -> None:
     made, _ = build()
     assert registry.vae_fp16_fix(made) == {}
