@@ -192,7 +192,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", default="stock,parallel")
     parser.add_argument("--blocks", default="resnet,geglu")
-    parser.add_argument("--timeout", type=float, default=48, help="seconds a variant")
+    parser.add_argument("--timeout", type=float, default=120, help="seconds a variant")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     sys.path.insert(0, str(ROOT))
