@@ -1,0 +1,407 @@
+"""Train the bundled model: its VAE, then its text encoders and its UNet together, on scenes drawn as they are needed.
+
+    python scripts/train_tiny.py --output training          # one H100: within 20 minutes
+    python scripts/train_tiny.py --output training --smoke  # a few steps of each, on a CPU: that it runs
+
+Run again after it was stopped, it goes on from its checkpoint. It leaves in the folder: model/ (the pipeline as
+diffusers saves it, float16), metrics.jsonl (losses and accuracies by step), samples/, evaluation.json and a sheet of
+held-out prompts with the judge's verdicts, and training.json, by which `diffusion-fast sync` records the folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from tokenizers import AddedToken
+from torch.nn import functional
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from diffusion_fast import accuracy, environment, spool, world
+from diffusion_fast.draw import Layout, arrange, draw
+from diffusion_fast.models import MODELS
+from diffusion_fast.pipeline import byte_tokenizer
+
+TINY = MODELS["tiny"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides a training."""
+
+    seed: int = 0
+    scenes: int = 200_000
+    vae_steps: int = 5_000
+    vae_batch: int = 128
+    vae_rate: float = 1e-3
+    kl_weight: float = 1e-6
+    steps: int = 30_000
+    batch: int = 1024
+    rate: float = 1e-3
+    weight_decay: float = 0.01
+    warmup: int = 500
+    unconditional: float = 0.1  # of the captions are dropped, for guidance
+    ema: float = 0.999
+    checkpoint_every: int = 2_000
+    sample_every: int = 5_000
+    sample_prompts: int = 100
+    prompts: int = 500
+
+
+SMOKE = Plan(
+    scenes=64,
+    vae_steps=4,
+    vae_batch=4,
+    steps=4,
+    batch=8,
+    warmup=2,
+    checkpoint_every=2,
+    sample_every=4,
+    sample_prompts=2,
+    prompts=2,
+)
+
+
+def tokenizer() -> CLIPTokenizer:
+    """CLIP's with a vocabulary of single bytes, in which what it doesn't know is spelled, and the world's words."""
+    found = byte_tokenizer(512)
+    random = Random(0)
+    said = {world.caption(world.random_scene(random), random) for _ in range(2_000)}
+    words = sorted({word for text in said for word in text.replace(",", "").split()})
+    found.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
+    return found
+
+
+def new_pipeline(plan: Plan) -> StableDiffusionXLPipeline:
+    """The model with seeded random weights: SDXL's structure, of a size that two CPU cores run in half a second."""
+    torch.manual_seed(plan.seed)
+    words = tokenizer()
+
+    def text_config(width: int, activation: str) -> CLIPTextConfig:
+        return CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=3,  # the last but one is what the UNet attends to
+            num_attention_heads=width // 32,
+            projection_dim=width,
+            hidden_act=activation,
+            max_position_embeddings=77,
+            bos_token_id=words.bos_token_id,
+            eos_token_id=words.eos_token_id,
+            pad_token_id=words.pad_token_id,
+        )
+
+    first, second = text_config(64, "quick_gelu"), text_config(64, "gelu")
+    unet = UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(32, 96, 128),
+        layers_per_block=1,
+        # Attention where it is cheap: 8x8 pixels at depth 1, and 4x4 at depth 2 in the middle.
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 1, 2),
+        attention_head_dim=(1, 3, 4),  # SDXL's configs call the number of heads so
+        cross_attention_dim=64 + 64,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=64 + 6 * 32,
+        use_linear_projection=True,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(32, 32, 64, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        sample_size=world.CANVAS,
+        scaling_factor=1.0,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+        force_upcast=False,
+    )
+    return StableDiffusionXLPipeline(
+        vae=vae,
+        unet=unet,
+        text_encoder=CLIPTextModel(first),
+        text_encoder_2=CLIPTextModelWithProjection(second),
+        tokenizer=words,
+        tokenizer_2=tokenizer(),
+        # SDXL's betas leave some of the picture in the noisiest step, its mean colour above all. Rescaled they leave
+        # nothing (https://arxiv.org/abs/2305.08891): here backgrounds are flat, and must come from the caption.
+        scheduler=EulerDiscreteScheduler(
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            prediction_type="v_prediction",
+            rescale_betas_zero_snr=True,
+            timestep_spacing="trailing",
+        ),
+        add_watermarker=False,
+    )
+
+
+class Log:
+    """metrics.jsonl: a line a value, with its step. What is logged again after a restart counts the last time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = (folder / "metrics.jsonl").open("a")
+
+    def __call__(self, step: int, **values: float) -> None:
+        for name, value in values.items():
+            print(json.dumps({"step": step, "name": name, "value": value}), file=self.file, flush=True)
+        print(f"{step:7}  " + "  ".join(f"{name} {value:.5g}" for name, value in values.items()), flush=True)
+
+
+class Checkpoint:
+    """One file, replaced whole. Every stage has its name in it, with its state."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "checkpoint.pt"
+        self.stages: dict[str, Any] = torch.load(self.path, map_location="cpu") if self.path.is_file() else {}
+
+    def save(self, stage: str, **state: Any) -> None:
+        self.stages[stage] = state
+        partial = self.path.with_suffix(".partial")
+        torch.save(self.stages, partial)
+        partial.replace(self.path)
+
+
+class Data:
+    """Scenes, their captions' tokens and where their objects are: all drawn once, from the seed, on the device."""
+
+    def __init__(self, plan: Plan, words: CLIPTokenizer, device: str) -> None:
+        random, generator = Random(plan.seed), torch.Generator().manual_seed(plan.seed)
+        scenes = [world.random_scene(random) for _ in range(plan.scenes)]
+        captions = [world.caption(scene, random) for scene in scenes]
+        self.layout: Layout = arrange(scenes, generator).to(device)
+        self.tokens = tokens(words, captions).to(device)
+
+    def pictures(self, which: torch.Tensor) -> torch.Tensor:
+        """(n, 3, 128, 128) in -1..1, as the VAE wants them."""
+        return draw(self.layout[which]) * 2 - 1
+
+
+def tokens(words: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
+    ids: torch.Tensor = words(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    return ids
+
+
+def rate(plan_rate: float, step: int, steps: int, warmup: int) -> float:
+    """A linear warm-up, then a cosine down to nothing."""
+    return plan_rate * min((step + 1) / warmup, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def train_vae(pipe: StableDiffusionXLPipeline, data: Data, plan: Plan, log: Log, checkpoint: Checkpoint) -> None:
+    """Teach the VAE to reproduce scenes, then have its latents centred and scaled to one by its config."""
+    vae, device = pipe.vae, pipe.device.type
+    generator = torch.Generator(device).manual_seed(plan.seed + 1)
+    optimizer = torch.optim.AdamW(vae.parameters(), plan.vae_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    start = restore(checkpoint, "vae", vae, optimizer, generator)
+    vae.train().to(memory_format=torch.channels_last)
+
+    def loss_of(pictures: torch.Tensor, noise: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        spread = vae.encode(pictures).latent_dist
+        again = vae.decode(spread.mean + spread.std * noise).sample
+        wrong = functional.l1_loss(again.float(), pictures) + functional.mse_loss(again.float(), pictures)
+        return wrong, spread.kl().mean()
+
+    run = torch.compile(loss_of) if device == "cuda" else loss_of
+    for step in range(start, plan.vae_steps):
+        which = torch.randint(plan.scenes, (plan.vae_batch,), generator=generator, device=device)
+        pictures = data.pictures(which)
+        noise = torch.randn(plan.vae_batch, 4, 16, 16, generator=generator, device=device)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            wrong, kl = run(pictures, noise)
+        descend(optimizer, wrong + plan.kl_weight * kl, rate(plan.vae_rate, step, plan.vae_steps, plan.warmup))
+        if step % 100 == 0 or step == plan.vae_steps - 1:
+            log(step, vae_loss=wrong.item(), vae_kl=kl.item())
+        if (step + 1) % plan.checkpoint_every == 0 or step == plan.vae_steps - 1:
+            checkpoint.save("vae", **state_of(step + 1, vae, optimizer, generator))
+    vae.eval().requires_grad_(False)
+    sample = encode(vae, data, torch.arange(min(plan.scenes, 2048), device=device))
+    vae.register_to_config(
+        latents_mean=sample.mean((0, 2, 3)).tolist(), latents_std=sample.std((0, 2, 3)).tolist(), scaling_factor=1.0
+    )
+
+
+def train_denoiser(
+    pipe: StableDiffusionXLPipeline, data: Data, plan: Plan, log: Log, checkpoint: Checkpoint, folder: Path
+) -> None:
+    """Teach the text encoders and the UNet together, by the error of the velocity; the pipeline gets their average."""
+    device = pipe.unet.device.type
+    learning = torch.nn.ModuleDict(
+        {"unet": pipe.unet, "text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
+    ).train()
+    average = AveragedModel(learning, multi_avg_fn=get_ema_multi_avg_fn(plan.ema))
+    generator = torch.Generator(device).manual_seed(plan.seed + 2)
+    optimizer = torch.optim.AdamW(learning.parameters(), plan.rate, betas=(0.9, 0.99), weight_decay=plan.weight_decay)
+    start = restore(checkpoint, "denoiser", learning, optimizer, generator)
+    if start:
+        average.load_state_dict(checkpoint.stages["denoiser"]["average"])
+
+    every = torch.arange(plan.scenes, device=device)
+    latents = encode(pipe.vae, data, every)
+    mean, std = (
+        torch.tensor(values, device=device).view(1, 4, 1, 1)
+        for values in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
+    )
+    latents = (latents - mean) / std
+    signal = pipe.scheduler.alphas_cumprod.to(device)
+    size = torch.tensor([world.CANVAS, world.CANVAS, 0, 0, world.CANVAS, world.CANVAS], device=device)
+    unet = torch.compile(learning["unet"]) if device == "cuda" else learning["unet"]
+
+    def loss_of(clean: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        count = len(clean)
+        context, pooled = encode_text(learning["text_encoder"], learning["text_encoder_2"], ids)
+        # SDXL's pipeline takes zeros for what isn't said.
+        said = torch.rand(count, generator=generator, device=device) >= plan.unconditional
+        timestep = torch.randint(len(signal), (count,), generator=generator, device=device)
+        noise = torch.randn(clean.shape, generator=generator, device=device)
+        a, b = (amount.sqrt()[timestep].view(-1, 1, 1, 1) for amount in (signal, 1 - signal))
+        conditions = {"text_embeds": pooled * said[:, None], "time_ids": size.expand(count, -1)}
+        velocity = unet(
+            a * clean + b * noise,
+            timestep,
+            encoder_hidden_states=context * said[:, None, None],
+            added_cond_kwargs=conditions,
+            return_dict=False,
+        )[0]
+        return functional.mse_loss(velocity.float(), a * noise - b * clean)
+
+    begin, since = time.monotonic(), start
+    for step in range(start, plan.steps):
+        which = torch.randint(plan.scenes, (plan.batch,), generator=generator, device=device)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = loss_of(latents[which], data.tokens[which])
+        descend(optimizer, loss, rate(plan.rate, step, plan.steps, plan.warmup))
+        average.update_parameters(learning)
+        last = step == plan.steps - 1
+        if step % 100 == 0 or last:
+            seconds = (time.monotonic() - begin) / max(1, step - since)
+            log(step, loss=loss.item(), step_s=seconds)
+        if (step + 1) % plan.checkpoint_every == 0 or last:
+            state = state_of(step + 1, learning, optimizer, generator)
+            checkpoint.save("denoiser", **state, average=average.state_dict())
+        if (step + 1) % plan.sample_every == 0 and not last:
+            painter = with_weights(pipe, average.module)
+            painted = paint(painter, world.held_out_prompts(plan.sample_prompts))
+            log(step, prompt_accuracy=accuracy.Accuracy.of(painted).accuracy)
+            accuracy.sheet(painted[:16], f"step {step + 1}").save(folder / "samples" / f"step-{step + 1:06}.png")
+    for name, part in average.module.items():
+        getattr(pipe, name).load_state_dict(part.state_dict())
+    learning.eval().requires_grad_(False)
+
+
+def encode_text(first: Any, second: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What SDXL's pipeline makes of token ids: (n, 77, 128) to attend to, and the second encoder's (n, 64) for all."""
+    one, two = first(ids, output_hidden_states=True), second(ids, output_hidden_states=True)
+    return torch.cat((one.hidden_states[-2], two.hidden_states[-2]), -1), two.text_embeds
+
+
+def with_weights(pipe: StableDiffusionXLPipeline, parts: Any) -> StableDiffusionXLPipeline:
+    """The same pipeline with copies of other networks in it, ready to paint."""
+    copies = {name: copy.deepcopy(part).eval().requires_grad_(False) for name, part in parts.items()}
+    return StableDiffusionXLPipeline(**(pipe.components | copies), add_watermarker=False)
+
+
+def paint(pipe: StableDiffusionXLPipeline, prompts: tuple[str, ...]) -> list[accuracy.Painted]:
+    pipe.set_progress_bar_config(disable=True)
+
+    def call(texts: list[str], seeds: list[int]) -> list[Any]:
+        noise = [torch.randn(4, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        latents = torch.stack(noise).to(pipe.device, pipe.unet.dtype)
+        images: list[Any] = pipe(
+            texts,
+            num_inference_steps=TINY.steps,
+            guidance_scale=TINY.guidance_scale,
+            height=TINY.height,
+            width=TINY.width,
+            latents=latents,
+        ).images
+        return images
+
+    return accuracy.paint_and_judge(call, prompts, min(50, len(prompts)))
+
+
+def state_of(step: int, model: torch.nn.Module, optimizer: Any, generator: torch.Generator) -> dict[str, Any]:
+    states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "generator": generator.get_state()}
+    return {"step": step, **states}
+
+
+def restore(
+    checkpoint: Checkpoint, stage: str, model: torch.nn.Module, optimizer: Any, generator: torch.Generator
+) -> int:
+    """The step to go on from."""
+    if stage not in checkpoint.stages:
+        return 0
+    state = checkpoint.stages[stage]
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    generator.set_state(state["generator"])
+    return int(state["step"])
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor, step_size: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = step_size
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, data: Data, which: torch.Tensor) -> torch.Tensor:
+    return torch.cat([vae.encode(data.pictures(part)).latent_dist.mean for part in which.split(256)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--smoke", action="store_true", help="a few steps of everything, on whatever there is")
+    arguments = parser.parse_args()
+    train(SMOKE if arguments.smoke else Plan(), arguments.output)
+
+
+def train(plan: Plan, folder: Path) -> accuracy.Accuracy:
+    """The whole training, or what is left of it. Returns how many of the held-out prompts are painted right."""
+    begin = time.monotonic()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    (folder / "samples").mkdir(parents=True, exist_ok=True)
+    checkpoint = Checkpoint(folder)
+    if checkpoint.stages.setdefault("plan", asdict(plan)) != asdict(plan):
+        raise SystemExit(f"{folder} holds a checkpoint of another plan: take another --output.")
+    torch.set_float32_matmul_precision("high")
+    log = Log(folder)
+    pipe = new_pipeline(plan).to(device)
+    data = Data(plan, pipe.tokenizer, device)
+    train_vae(pipe, data, plan, log, checkpoint)
+    train_denoiser(pipe, data, plan, log, checkpoint, folder)
+    pipe.to("cpu", torch.float16).save_pretrained(folder / "model", safe_serialization=True)
+
+    # What is shipped is judged: the float16 weights, in fp32.
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder / "model", dtype=torch.float32).to(device)
+    painted = paint(pipe, world.held_out_prompts(plan.prompts))
+    result = accuracy.Accuracy.of(painted)
+    log(plan.steps, prompt_accuracy=result.accuracy)
+    spool.write_json(folder / "evaluation.json", result.to_dict() | {"painted": [each.to_dict() for each in painted]})
+    accuracy.sheet(painted[:25], "25 held-out prompts", columns=5).save(folder / "sheet.png")
+    facts = {"plan": asdict(plan), "seconds": time.monotonic() - begin, "accuracy": result.to_dict()}
+    spool.write_json(folder / "training.json", facts | {"environment": environment.describe(device)})
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""The training script runs, goes on where it was stopped, and leaves a model of the size that ships."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from random import Random
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffusion_fast import world
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "train_tiny.py"
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_tiny", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_tiny"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def trained(script: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    script.train(script.SMOKE, folder)
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in sorted((folder / "model").glob("*/*.safetensors")):
+        found |= {f"{path.parent.name}.{name}": value for name, value in load_file(path).items()}
+    return found
+
+
+def test_it_leaves_a_pipeline_its_curves_and_its_judgement(trained: Path) -> None:
+    index = json.loads((trained / "model" / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionXLPipeline"
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert {line["name"] for line in lines} >= {"vae_loss", "vae_kl", "loss", "step_s", "prompt_accuracy"}
+    assert all(line["value"] == line["value"] for line in lines)  # none is NaN
+    evaluation = json.loads((trained / "evaluation.json").read_text())
+    assert [each["prompt"] for each in evaluation["painted"]] == list(world.held_out_prompts(2))
+    facts = json.loads((trained / "training.json").read_text())
+    assert facts["plan"]["steps"] == 4
+    assert facts["accuracy"]["prompts"] == 2
+    assert (trained / "sheet.png").is_file()
+
+
+def test_it_is_small_and_its_weights_were_trained(trained: Path, script: ModuleType) -> None:
+    files = [path for path in (trained / "model").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 12_000_000
+    found = weights(trained)
+    assert {value.dtype for value in found.values()} <= {torch.float16, torch.int64}
+    assert all(value.isfinite().all() for value in found.values())
+    untrained = script.new_pipeline(script.SMOKE)
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        changed = [
+            key
+            for key, value in getattr(untrained, name).half().state_dict().items()
+            if f"{name}.{key}" in found and not torch.equal(found[f"{name}.{key}"], value)
+        ]
+        assert changed, name
+    mean = json.loads((trained / "model" / "vae" / "config.json").read_text())["latents_mean"]
+    assert len(mean) == 4 and any(mean)
+
+
+def test_stopped_and_started_again_it_makes_the_same_model(
+    script: ModuleType, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = script.Log.__call__
+
+    def stop(self: Any, step: int, **values: float) -> None:
+        log(self, step, **values)
+        if step == 3 and "loss" in values:  # the checkpoint was written after step 1
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(script.Log, "__call__", stop)
+    with pytest.raises(KeyboardInterrupt):
+        script.train(script.SMOKE, tmp_path)
+    monkeypatch.setattr(script.Log, "__call__", log)
+    script.train(script.SMOKE, tmp_path)
+    straight, resumed = weights(trained), weights(tmp_path)
+    assert straight.keys() == resumed.keys()
+    assert [name for name in straight if not torch.equal(straight[name], resumed[name])] == []
+
+
+def test_another_plans_checkpoint_is_refused(script: ModuleType, trained: Path) -> None:
+    with pytest.raises(SystemExit, match="another plan"):
+        script.train(script.Plan(), trained)
+
+
+def test_every_word_is_a_token_and_every_caption_fits(script: ModuleType) -> None:
+    words = script.tokenizer()
+    assert words.get_vocab() == script.tokenizer().get_vocab()  # learned the same way every time
+    random = Random(3)
+    captions = [world.caption(world.random_scene(random), random) for _ in range(500)]
+    for text in captions:
+        assert words.tokenize(text) == text.replace(",", " ,</w>").split()
+    ids = script.tokens(words, captions)
+    assert ids.shape == (500, 77)
+    assert (ids == words.eos_token_id).any(1).all()
+    assert len(words.tokenize("castles")) > 1  # what the world doesn't know is spelled
