@@ -61,7 +61,7 @@ measuring = options(
     click.option("--weights", default="auto", help="embedded, pretrained (from the hub), random, or a folder."),
     click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True),
     click.option("--compile-mode", default="auto", help="auto: max-autotune on a GPU, default on a CPU."),
-    click.option("--prompt", default=plan.PROMPT, show_default=True),
+    click.option("--prompt", default="auto", help="auto: the model's own, see `diffusion-fast list --json`."),
     click.option("--steps", type=Auto(click.INT), default="auto", help="Denoising steps."),
     click.option("--batch-size", type=int, default=1, show_default=True, help="Images a call."),
     click.option("--height", type=Auto(click.INT), default="auto", help="Pixels."),
@@ -69,6 +69,12 @@ measuring = options(
     click.option("--guidance", type=Auto(click.FLOAT), default="auto", help="Guidance scale."),
     click.option(
         "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the latents' noise."
+    ),
+    click.option(
+        "--accuracy-prompts",
+        type=Auto(click.INT),
+        default="auto",
+        help="Held-out prompts that tiny paints for the judge. [default: 8]",
     ),
     click.option("--tag", default="", help="A word of your own on every run."),
     click.option("--timeout", type=click.IntRange(1), default=3600, show_default=True, help="Seconds a rung may take."),
@@ -192,6 +198,7 @@ def _measure(
     model: str,
     weights: str,
     compile_mode: str,
+    prompt: str,
     guidance: float | None,
     timeout: float,
     root: Path,
@@ -207,6 +214,7 @@ def _measure(
             chosen = plan.Settings(
                 weights=None if weights == "auto" else weights,
                 compile_mode=None if compile_mode == "auto" else compile_mode,
+                prompt=None if prompt == "auto" else prompt,
                 guidance_scale=guidance,
                 **settings,
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from diffusion_fast.spec import Model
 
 PACKAGE = Path(__file__).parent
+CHECKSUMS = "SHA256SUMS"  # in a folder of weights, as sha256sum writes and checks it
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
 # Linears that the seed's int8 filter leaves in bf16: it measured them as slower or too lossy. SDXL's own shapes.
@@ -40,6 +42,8 @@ MODELS = {
         Model(
             name="tiny",
             summary="the bundled miniature of SDXL: every optimization applies, runs anywhere",
+            prompt="a large red circle above a small blue square on a white background",
+            small_world=True,
             pipeline="StableDiffusionXLPipeline",
             denoiser="unet",
             height=128,
@@ -81,6 +85,7 @@ def check_weights(model: Model, weights: str, parts: Iterable[str] = ()) -> None
             raise ValueError(
                 f"{model.name} doesn't come with the package: use --weights pretrained, random or a folder."
             )
+        verify(PACKAGE / model.embedded)
     elif weights == "random":
         if not model.configs:
             raise ValueError(f"{model.name} can't be built from random weights: use --weights embedded or a folder.")
@@ -109,6 +114,19 @@ def _check_folder(model: Model, folder: Path) -> None:
         raise ValueError(f"--weights {folder} holds a {found}, and {model.name} is a {model.pipeline}.")
     if not any(folder.glob("*/*.safetensors")):
         raise ValueError(f"--weights {folder} holds no .safetensors files, and other formats are not loaded.")
+    verify(folder)
+
+
+def verify(folder: Path) -> None:
+    """Check a folder's files against its SHA256SUMS, if it has one. Raises ValueError with the name of a wrong one."""
+    recorded = folder / CHECKSUMS
+    for line in recorded.read_text().splitlines() if recorded.is_file() else ():
+        expected, _, name = line.partition("  ")
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder / name} is missing, and {CHECKSUMS} lists it.")
+        with (folder / name).open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                raise ValueError(f"{folder / name} is not what {CHECKSUMS} records: it was altered or cut short.")
 
 
 def _check_hub(hub_id: str, weights_file: str) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from diffusion_fast.models import MODELS, PACKAGE
+from diffusion_fast.models import MODELS, PACKAGE, verify
 from diffusion_fast.optimizations import OPTIMIZATIONS, Build
 from diffusion_fast.spec import RunSpec
 
@@ -39,18 +40,38 @@ def call(build: Build) -> list[Any]:
 
     spec = build.spec
     generator = torch.Generator("cpu").manual_seed(spec.seed)
-    # On the CPU and in fp32, so that every device and dtype starts from the same noise. Left to itself the pipeline
-    # draws it in its own dtype, which gave a bf16 rung another image than the fp32 one (docs/experiments.md).
+    noise = torch.randn((spec.batch_size, *_noise_shape(build)), generator=generator)
+    return _paint(build, spec.prompt, spec.batch_size, generator, noise)
+
+
+def call_for(build: Build, prompts: list[str], seeds: list[int]) -> list[Any]:
+    """One call for `batch_size` different prompts: a PIL image each, from a seed of its own."""
+    import torch
+
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    noise = torch.stack([torch.randn(_noise_shape(build), generator=each) for each in generators])
+    return _paint(build, prompts, 1, generators, noise)
+
+
+def _noise_shape(build: Build) -> tuple[int, int, int]:
     scale = build.pipe.vae_scale_factor
-    shape = (spec.batch_size, build.denoiser.config.in_channels, spec.height // scale, spec.width // scale)
-    noise = torch.randn(shape, generator=generator)
+    return (build.denoiser.config.in_channels, build.spec.height // scale, build.spec.width // scale)
+
+
+def _paint(build: Build, prompts: str | list[str], images_per_prompt: int, generator: Any, noise: Any) -> list[Any]:
+    """`noise` is drawn on the CPU and in fp32, so that every device and dtype starts from the same.
+
+    Left to itself the pipeline draws it in its own dtype, which gave a bf16 rung another image than the fp32 one
+    (docs/experiments.md).
+    """
+    spec = build.spec
     images: list[Any] = build.pipe(
-        spec.prompt,
+        prompts,
         num_inference_steps=spec.steps,
         guidance_scale=spec.guidance_scale,
         height=spec.height,
         width=spec.width,
-        num_images_per_prompt=spec.batch_size,
+        num_images_per_prompt=images_per_prompt,
         generator=generator,
         latents=noise.to(build.pipe.device, build.denoiser.dtype),
     ).images
@@ -83,6 +104,7 @@ def _load(build: Build) -> Any:
             "embedded": str(PACKAGE / build.model.embedded),
             "pretrained": build.model.hub_id,
         }.get(build.spec.weights, build.spec.weights)
+        verify(Path(source))
         pipe = pipeline_class.from_pretrained(source, dtype=dtype, use_safetensors=True, **parts)
         pipe.to(build.spec.device)
     pipe.set_progress_bar_config(disable=True)

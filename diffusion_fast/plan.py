@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TypeVar
 
+from diffusion_fast import world
 from diffusion_fast.models import MODELS
 from diffusion_fast.optimizations import OPTIMIZATIONS, STAGES
 from diffusion_fast.recipes import LADDERS
@@ -19,7 +20,7 @@ from diffusion_fast.spec import REFERENCE, Ladder, Model, Recipe, RunSpec
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 T = TypeVar("T")
-PROMPT = "ghibli style, a fantasy landscape with castles"
+MOST_PROMPTS = 10_000  # different held-out prompts that the small world has, and some to spare
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Device:
 class Settings:
     """What a person chose for a whole ladder. None: what the model or the device suggests."""
 
-    prompt: str = PROMPT
+    prompt: str | None = None
     weights: str | None = None
     steps: int | None = None
     batch_size: int = 1
@@ -44,6 +45,7 @@ class Settings:
     guidance_scale: float | None = None
     seed: int = 0
     compile_mode: str | None = None
+    accuracy_prompts: int | None = None
     tag: str = ""
 
 
@@ -122,6 +124,10 @@ def plan_ladder(
     for what in ("height", "width"):
         if (getattr(settings, what) or 8) % 8:
             raise ValueError(f"{what} must be a multiple of 8, not {getattr(settings, what)}.")
+    prompt = model.prompt if settings.prompt is None else settings.prompt
+    if model.small_world and world.parse(prompt) is None:
+        notes += (f"{model.name} knows only its small world, of scenes like {model.prompt!r}: this prompt isn't one",)
+    accuracy_prompts = _accuracy_prompts(model, settings)
     now = datetime.now(UTC)
     ladder_id = f"{now:%Y%m%d-%H%M%S}-{model.name}-{name}-{secrets.token_hex(2)}"
 
@@ -136,13 +142,14 @@ def plan_ladder(
             optimizations=plan_recipe(model, recipe, device),
             device=device.kind,  # type: ignore[arg-type]
             compile_mode=recipe.compile_mode or mode,
-            prompt=settings.prompt,
+            prompt=prompt,
             steps=settings.steps or model.steps,
             batch_size=settings.batch_size,
             height=settings.height or model.height,
             width=settings.width or model.width,
             guidance_scale=model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale,
             seed=settings.seed,
+            accuracy_prompts=0 if rung == REFERENCE else accuracy_prompts,
             tag=settings.tag,
         )
 
@@ -156,6 +163,17 @@ def plan_ladder(
         notes=notes,
         machine={"device": device.name} | {name: importlib.metadata.version(name) for name in ("torch", "diffusers")},
     )
+
+
+def _accuracy_prompts(model: Model, settings: Settings) -> int:
+    """How many held-out prompts a rung paints: 8 where the pictures can be judged, unless asked otherwise."""
+    if settings.accuracy_prompts is None:
+        return 8 if model.small_world else 0
+    if not 0 <= settings.accuracy_prompts <= MOST_PROMPTS:
+        raise ValueError(f"accuracy prompts must be 0 to {MOST_PROMPTS}, not {settings.accuracy_prompts}.")
+    if settings.accuracy_prompts and not model.small_world:
+        raise ValueError(f"{model.name}'s pictures can't be judged: --accuracy-prompts is for the bundled model, tiny.")
+    return settings.accuracy_prompts
 
 
 def hub_parts(ladder: Ladder, model: Model) -> set[str]:

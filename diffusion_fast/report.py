@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,9 @@ COLUMNS = (
     ("cache_state", "cache", "{}"),
     ("psnr_db", "PSNR dB", "{:.1f}"),
     ("ssim", "SSIM", "{:.4f}"),
+    ("prompt_accuracy", "prompts right", "{:.1%}"),
 )
+OPTIONAL = ("prompt_accuracy",)  # shown where a rung has it
 MILLISECONDS = ("denoising_step_s", "vae_decode_s")
 
 
@@ -58,12 +60,19 @@ def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in row.items() if pd.notna(value)} for row in frame.to_dict("records")]
 
 
-def cells(row: dict[str, Any]) -> list[str]:
+def _columns(frame: pd.DataFrame) -> list[tuple[str, str, str]]:
+    """The columns that a table of these rungs has."""
+    return [
+        each for each in COLUMNS if each[0] not in OPTIONAL or (each[0] in frame and bool(frame[each[0]].notna().any()))
+    ]
+
+
+def cells(row: dict[str, Any], columns: Sequence[tuple[str, str, str]]) -> list[str]:
     """A row as the table shows it."""
     if row["status"] == "FAILED":
-        return [row["rung"], f"{row['reason']}: {row['error'].splitlines()[0][:100]}", *[""] * (len(COLUMNS) - 2)]
+        return [row["rung"], f"{row['reason']}: {row['error'].splitlines()[0][:100]}", *[""] * (len(columns) - 2)]
     texts = []
-    for column, _, form in COLUMNS:
+    for column, _, form in columns:
         value = row.get(column)
         if value is None:
             texts.append("∞" if column == "psnr_db" and row.get("identical_to_reference") is True else "")
@@ -77,11 +86,12 @@ def table(frame: pd.DataFrame) -> Table:
     from rich.table import Table
 
     made = Table(caption=caption(frame), caption_justify="left")
-    for column, heading, _ in COLUMNS:
+    columns = _columns(frame)
+    for column, heading, _ in columns:
         left = column in ("rung", "cache")
         made.add_column(heading, justify="left" if left else "right", no_wrap=column == "rung")
     for row in _records(frame):
-        made.add_row(*cells(row))
+        made.add_row(*cells(row, columns))
     return made
 
 
@@ -115,11 +125,12 @@ def warnings(frame: pd.DataFrame) -> list[str]:
 
 def markdown(frame: pd.DataFrame, notes: Iterable[str] = ()) -> str:
     """The table as markdown, the warnings about single rungs, and the ladder's notes."""
+    columns = _columns(frame)
     lines = [
-        "| " + " | ".join(heading for _, heading, _ in COLUMNS) + " |",
-        "|" + "|".join("---" if column in ("rung", "cache") else "--:" for column, _, _ in COLUMNS) + "|",
+        "| " + " | ".join(heading for _, heading, _ in columns) + " |",
+        "|" + "|".join("---" if column in ("rung", "cache") else "--:" for column, _, _ in columns) + "|",
     ]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in _records(frame)]
+    lines += ["| " + " | ".join(cells(row, columns)) + " |" for row in _records(frame)]
     text = "\n".join(lines) + f"\n\n{caption(frame)}\n"
     text += "".join(f"\nWarning: {warning}.\n" for warning in warnings(frame))
     return text + "".join(f"\nNote: {note}.\n" for note in notes)

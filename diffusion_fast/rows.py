@@ -25,6 +25,10 @@ METRICS = (
     "peak_memory_gib",
     "psnr_db",
     "ssim",
+    "prompt_accuracy",
+    "prompt_accuracy_low",
+    "prompt_accuracy_high",
+    "prompt_count",
     "load_s",
     "import_s",
     "first_call_s",
@@ -84,6 +88,13 @@ def metrics(outcome: Outcome, base: Result | None) -> dict[str, float]:
         found["psnr_db"] = outcome.psnr_db
     if outcome.ssim is not None:
         found["ssim"] = outcome.ssim
+    if outcome.accuracy:
+        found |= {
+            "prompt_accuracy": outcome.accuracy["accuracy"],
+            "prompt_accuracy_low": outcome.accuracy["low"],
+            "prompt_accuracy_high": outcome.accuracy["high"],
+            "prompt_count": outcome.accuracy["prompts"],
+        }
     return found
 
 

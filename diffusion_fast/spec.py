@@ -50,6 +50,8 @@ class Model(_Json):
     width: int
     steps: int
     guidance_scale: float
+    prompt: str = "ghibli style, a fantasy landscape with castles"  # diffusion-fast's own
+    small_world: bool = False  # paints the scenes of world.py, so that what it paints can be judged
     hub_id: str = ""  # weights="pretrained"
     embedded: str = ""  # weights="embedded": a folder of this package, in diffusers format
     configs: str = ""  # weights="random": a folder of component configs under configs/
@@ -98,6 +100,7 @@ class RunSpec(_Json):
     width: int
     guidance_scale: float
     seed: int
+    accuracy_prompts: int = 0  # held-out prompts that it paints after the timed calls, for the judge
     tag: str = ""
 
     @property
@@ -159,6 +162,9 @@ class Result(_Json):
     psnr_db: float | None = None  # None: identical to the reference (infinite), or there is no reference
     ssim: float | None = None
     identical_to_reference: bool = False
+    accuracy: dict[str, float] = field(
+        default_factory=dict
+    )  # of the held-out prompts: right, prompts, accuracy, low, high
     problem: str = ""  # what could not be found out after the timed calls, which count nevertheless
     environment: dict[str, Any] = field(default_factory=dict)
 

@@ -3,7 +3,8 @@
 SPOOL/LADDER/ladder.json
              reference/              spec.json, reference.safetensors, image.png, log.txt
              00-baseline/r1-a1/      spec.json, result.json | failure.json, image.png, image.jpg, result.csv,
-                                     log.txt, progress.txt, environment.json, requirements.txt
+                                     log.txt, progress.txt, environment.json, requirements.txt,
+                                     prompts.json, prompts.png (where prompts were judged)
              .cache/00-baseline/     the rung's compile caches
 """
 
@@ -23,6 +24,7 @@ from diffusion_fast.spec import REFERENCE, Failure, Ladder, Outcome, Result, Run
 LADDER, SPEC, RESULT, FAILURE = "ladder.json", "spec.json", "result.json", "failure.json"
 REFERENCE_IMAGE = "reference.safetensors"
 LOG, PROGRESS = "log.txt", "progress.txt"
+PROMPTS, PROMPTS_SHEET = "prompts.json", "prompts.png"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -181,9 +181,11 @@ def _record_artifacts(client: MlflowClient, run_id: str, folder: Path, outcome: 
     from PIL import Image
 
     image = next((folder / name for name in ("image.png", "image.jpg") if (folder / name).is_file()), None)
-    if image is not None:  # the chart page's grid takes images from here alone, not from artifacts
-        with Image.open(image) as opened:
-            client.log_image(run_id, opened.convert("RGB"), key="output", step=0)
+    # The chart page's grid takes images from here alone, not from artifacts.
+    for key, path in (("output", image), ("prompts", folder / spool.PROMPTS_SHEET)):
+        if path is not None and path.is_file():
+            with Image.open(path) as opened:
+                client.log_image(run_id, opened.convert("RGB"), key=key, step=0)
 
 
 def finish(

@@ -21,6 +21,7 @@ SECTIONS = (
     ("Rungs", 2, 300, True),
     ("Samples", 1, 300, True),
     ("Images", 1, 1020, True),
+    ("Prompts", 1, 1020, True),
     ("Model metrics", 3, 300, False),
     ("System metrics", 3, 300, False),
 )
@@ -40,6 +41,7 @@ CARDS: tuple[dict[str, Any], ...] = (
         "lineSmoothness": 0,
     },
     {"type": "IMAGE", "metricSectionId": "Images", "imageKeys": ["output"], "step": 0, "showRunParams": False},
+    {"type": "IMAGE", "metricSectionId": "Prompts", "imageKeys": ["prompts"], "step": 0, "showRunParams": False},
 )
 
 

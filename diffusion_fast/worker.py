@@ -28,6 +28,7 @@ from diffusion_fast.spec import REFERENCE, Failure, Result, RunSpec
 
 JPEG_BYTES = 200_000
 PHASE_CALLS = 3
+SHEET_PROMPTS = 40
 
 
 def main(folder: Path) -> int:
@@ -135,7 +136,7 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
         phases={},
         memory=memory,
         image_repeats=len({_bytes(batch) for batch in images}) == 1,
-        problem="the worker ended before it had the phases and the fidelity",
+        problem="the worker ended before it had the phases, the fidelity and the accuracy",
     )
     # The measurement is there. What follows may fail, or be killed, without taking it along.
     spool.write_json(folder / spool.RESULT, result.to_dict())
@@ -148,7 +149,11 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
         result = replace(result, phases=phases, image_repeats=repeats)
         progress("comparing")
         fidelity = _fidelity(decoded, spool.reference_file(folder.parents[1]))
-        result = replace(result, **fidelity, problem="")
+        result = replace(result, **fidelity)
+        if spec.accuracy_prompts:
+            progress(f"painting {spec.accuracy_prompts} held-out prompts")
+            result = replace(result, accuracy=_accuracy(build, folder))
+        result = replace(result, problem="")
     except Exception as error:
         traceback.print_exc()
         result = replace(result, problem=f"{progress.stage}: {type(error).__name__}: {error}")
@@ -224,6 +229,23 @@ def _fidelity(image: Any, reference_file: Path) -> dict[str, Any]:
 
     found = compare(image, load_file(reference_file)["image"])
     return {"psnr_db": found.psnr_db, "ssim": found.ssim, "identical_to_reference": found.identical}
+
+
+def _accuracy(build: Build, folder: Path) -> dict[str, float]:
+    """Have held-out prompts painted and judged; keep the verdicts, and a sheet of the pictures with them."""
+    from diffusion_fast import accuracy, world
+    from diffusion_fast.pipeline import call_for
+
+    spec = build.spec
+    prompts = world.held_out_prompts(spec.accuracy_prompts)
+    painted = accuracy.paint_and_judge(
+        lambda texts, seeds: call_for(build, texts, seeds), prompts, batch_size=spec.batch_size
+    )
+    spool.write_json(folder / spool.PROMPTS, {"painted": [each.to_dict() for each in painted]})
+    found = accuracy.Accuracy.of(painted)
+    title = f"{spec.rung}: {found.right} of {found.prompts} held-out prompts right"
+    accuracy.sheet(painted[:SHEET_PROMPTS], title).save(folder / spool.PROMPTS_SHEET)
+    return found.to_dict()
 
 
 def _to_pil(image: Any) -> list[Any]:

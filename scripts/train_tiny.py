@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import time
@@ -29,7 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from diffusion_fast import accuracy, environment, spool, world
 from diffusion_fast.draw import Layout, arrange, draw
-from diffusion_fast.models import MODELS
+from diffusion_fast.models import CHECKSUMS, MODELS
 from diffusion_fast.pipeline import byte_tokenizer
 
 TINY = MODELS["tiny"]
@@ -303,6 +304,16 @@ def train_denoiser(
     learning.eval().requires_grad_(False)
 
 
+def save(pipe: StableDiffusionXLPipeline, folder: Path) -> None:
+    """The pipeline in float16, and the checksums that are verified whenever it is loaded."""
+    pipe.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
+    lines = [
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}"
+        for path in sorted(folder.glob("*/*.safetensors"))
+    ]
+    spool.write_text(folder / CHECKSUMS, "\n".join(lines) + "\n")
+
+
 def encode_text(first: Any, second: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What SDXL's pipeline makes of token ids: (n, 77, 128) to attend to, and the second encoder's (n, 64) for all."""
     one, two = first(ids, output_hidden_states=True), second(ids, output_hidden_states=True)
@@ -389,7 +400,7 @@ def train(plan: Plan, folder: Path) -> accuracy.Accuracy:
     data = Data(plan, pipe.tokenizer, device)
     train_vae(pipe, data, plan, log, checkpoint)
     train_denoiser(pipe, data, plan, log, checkpoint, folder)
-    pipe.to("cpu", torch.float16).save_pretrained(folder / "model", safe_serialization=True)
+    save(pipe, folder / "model")
 
     # What is shipped is judged: the float16 weights, in fp32.
     pipe = StableDiffusionXLPipeline.from_pretrained(folder / "model", dtype=torch.float32).to(device)

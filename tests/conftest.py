@@ -48,6 +48,9 @@ def result(spec: RunSpec, seconds: float = 1.0, **changes: Any) -> Result:
         psnr_db=None if plain else 40.0,
         identical_to_reference=plain,
         ssim=0.99,
+        accuracy={"right": 6, "prompts": 8, "accuracy": 0.75, "low": 0.41, "high": 0.93}
+        if spec.accuracy_prompts
+        else {},
         environment={"cpu": "a processor", "torch": "2.13.0"},
     )
     return replace(made, **changes)
@@ -77,6 +80,8 @@ def keep(folder: Path, outcome: Outcome) -> Path:
     hue = 40 * int(outcome.spec.rung[:2])
     for name in ("image.png", "image.jpg"):
         Image.new("HSV", (64, 64), (hue, 200, 200)).convert("RGB").save(run_folder / name)
+    if outcome.accuracy:
+        Image.new("RGB", (320, 240), "white").save(run_folder / spool.PROMPTS_SHEET)
     spool.write_text(run_folder / "result.csv", rows.seed_csv([rows.row(outcome, None)]))
     spool.write_json(run_folder / spool.RESULT, outcome.to_dict())
     return run_folder

@@ -85,7 +85,7 @@ def test_the_link_opens_on_bars_samples_and_images(
 
 def _missing(cards: dict[str, dict[str, Any]], rungs: list[str]) -> list[str]:
     """What a person would miss on the page."""
-    found = [f"no card {title}" for title in (*BARS, "latency_sample_s", "output") if title not in cards]
+    found = [f"no card {title}" for title in (*BARS, "latency_sample_s", "output", "prompts") if title not in cards]
     if found:
         return found
     for title, without in BARS.items():
@@ -95,9 +95,10 @@ def _missing(cards: dict[str, dict[str, Any]], rungs: list[str]) -> list[str]:
     lines = cards["latency_sample_s"]["lines"]
     if {name for name, _ in lines} != set(rungs) or any(len(y) != 3 for _, y in lines):
         found.append(f"samples: {lines}")
-    loaded = sum(width > 0 for width in cards["output"]["widths"])
-    if loaded != len(rungs):
-        found.append(f"{loaded} images")
+    for title in ("output", "prompts"):
+        loaded = sum(width > 0 for width in cards[title]["widths"])
+        if loaded != len(rungs):
+            found.append(f"{title}: {loaded} images")
     return found
 
 
@@ -108,7 +109,7 @@ def _look(url: str, enough: Callable[[dict[str, Any]], bool], seconds: float = 6
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         try:
             # Tall, because a card is drawn only when it comes into view.
-            page = browser.new_page(viewport={"width": 1600, "height": 2500})
+            page = browser.new_page(viewport={"width": 1600, "height": 3600})
             page.goto(url)
             end = time.monotonic() + seconds
             cards: dict[str, dict[str, Any]] = {}

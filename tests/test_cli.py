@@ -71,6 +71,8 @@ def test_list_names_everything() -> None:
         (("ladder", "--steps", "many"), "many"),
         (("ladder", "--steps", "0"), "steps must be at least 1"),
         (("ladder", "--guidance", "nan"), "guidance must be a finite number"),
+        (("ladder", "--accuracy-prompts", "-1"), "accuracy prompts must be 0 to 10000"),
+        (("ladder", "--model", "sdxl", "--weights", "random", "--accuracy-prompts", "8"), "pictures can't be judged"),
         (("ladder", "--timeout", "0"), "Invalid value for '--timeout'"),
         (("ladder", "--seed", "-1"), "Invalid value for '--seed'"),
         (("ladder", "--spool", "/proc/nowhere"), "can't be written to"),

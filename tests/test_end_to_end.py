@@ -1,5 +1,6 @@
 """The product, from `mlflow run` to the DataFrame, with real workers: fp32, bf16, and int8 compiled by Inductor."""
 
+import json
 import os
 import subprocess
 import sys
@@ -69,6 +70,8 @@ def test_every_rung_was_measured(frame: pd.DataFrame) -> None:
     assert (frame["import_s"] > 0).all()
     assert (frame["load_s"] > 0).all()
     assert frame["image_repeats"].all()
+    assert (frame["prompt_count"] == 8).all()
+    assert (frame["prompt_accuracy_low"] <= frame["prompt_accuracy"]).all()
 
 
 def test_the_phases_add_up_to_about_a_call(frame: pd.DataFrame) -> None:
@@ -108,4 +111,6 @@ def test_the_spool_has_the_seeds_files(store: tuple[Path, str]) -> None:
         header = (folder / "result.csv").read_text().splitlines()[0]
         assert header.startswith("pipeline_cls,ckpt_id,bf16,sdpa,")
         assert (folder / "image.jpg").stat().st_size <= 200_000
+        assert len(json.loads((folder / "prompts.json").read_text())["painted"]) == 8
+        assert (folder / "prompts.png").is_file()
         assert (folder / "requirements.txt").read_text().count("==") > 50

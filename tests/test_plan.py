@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from diffusion_fast import plan
+from diffusion_fast import plan, world
 from diffusion_fast.models import MODELS
 from diffusion_fast.optimizations import OPTIMIZATIONS, STAGES
 from diffusion_fast.recipes import LADDERS
@@ -133,3 +133,20 @@ def test_every_optimization_is_documented_and_staged() -> None:
         assert each.stage in STAGES
         for name in (*each.excludes, *(name for group in each.requires for name in group)):
             assert name in OPTIMIZATIONS, f"{each.name} names {name}"
+
+
+def test_the_bundled_model_has_a_prompt_of_its_world_and_says_so_of_any_other() -> None:
+    ladder = planned()
+    assert world.parse(ladder.rungs[0].prompt) is not None
+    assert not any("small world" in note for note in ladder.notes)
+    (note,) = [note for note in planned(prompt="a cat").notes if "small world" in note]
+    assert "this prompt isn't one" in note
+    assert planned(prompt="a cat", model="sdxl", weights="random").notes == ladder.notes
+
+
+def test_only_what_can_be_judged_paints_prompts_for_the_judge() -> None:
+    ladder = planned()
+    assert {spec.accuracy_prompts for spec in ladder.rungs} == {8}
+    assert ladder.reference.accuracy_prompts == 0
+    assert {spec.accuracy_prompts for spec in planned(accuracy_prompts=500).rungs} == {500}
+    assert {spec.accuracy_prompts for spec in planned(model="sdxl", weights="random").rungs} == {0}

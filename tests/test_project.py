@@ -1,16 +1,22 @@
 """The files around the package agree with it and with each other."""
 
 import re
+import shutil
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import pytest
 import yaml
+from click.testing import CliRunner
 from packaging.requirements import Requirement
 
 import diffusion_fast
 from diffusion_fast.cli import main
+from diffusion_fast.models import CHECKSUMS, verify
+from diffusion_fast.pipeline import build_pipeline
+from tests.conftest import planned
 
 ROOT = Path(diffusion_fast.__file__).parent.parent
 
@@ -66,8 +72,35 @@ def normal(name: str) -> str:
 
 def test_the_bundled_model_is_small_and_safe() -> None:
     files = [path for path in (ROOT / "diffusion_fast" / "tiny").rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 12 * 2**20
-    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert sum(path.stat().st_size for path in files) <= 12_000_000
+    assert {path.suffix for path in files} == {".json", ".safetensors", ""}
+    listed = (ROOT / "diffusion_fast" / "tiny" / CHECKSUMS).read_text().splitlines()
+    weights = {
+        str(path.relative_to(ROOT / "diffusion_fast" / "tiny")) for path in files if path.suffix == ".safetensors"
+    }
+    assert {line.partition("  ")[2] for line in listed} == weights
+
+
+@pytest.mark.parametrize("harm", ["altered", "cut short", "gone"])
+def test_a_harmed_weight_file_is_named_before_it_is_loaded(tmp_path: Path, harm: str) -> None:
+    folder = tmp_path / "tiny"
+    shutil.copytree(ROOT / "diffusion_fast" / "tiny", folder)
+    verify(folder)
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    if harm == "gone":
+        file.unlink()
+    else:
+        file.write_bytes(content if harm == "altered" else content[:-1])
+    arguments = ["run", "--weights", str(folder), "--spool", str(tmp_path / "spool")]
+    done = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    assert done.exit_code == 2
+    assert f"{file} is " in done.output
+    assert not (tmp_path / "spool").exists()
+    spec = replace(planned().rungs[0], weights=str(folder))
+    with pytest.raises(ValueError, match=str(file)):
+        build_pipeline(spec, lambda stage: None)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "scripts").glob("*.sh")), ids=lambda path: path.name)

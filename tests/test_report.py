@@ -51,8 +51,20 @@ def test_without_its_first_rung_a_ladder_has_no_speed_ups(climbed: Callable[...,
 
 def test_an_identical_image_reads_as_infinite(climbed: Callable[..., Path]) -> None:
     first, second, *_ = [line for line in report.markdown(report.from_spool(climbed())).splitlines() if "| 0" in line]
-    assert first.split(" | ")[-2] == "∞"
-    assert second.split(" | ")[-2] == "40.0"
+    assert first.split(" | ")[-3] == "∞"
+    assert second.split(" | ")[-3] == "40.0"
+
+
+def test_prompts_are_a_column_where_a_rung_was_judged(climbed: Callable[..., Path]) -> None:
+    frame = report.from_spool(climbed((2.0, None, 1.0)))
+    lines = report.markdown(frame).splitlines()
+    assert lines[0].endswith("| SSIM | prompts right |")
+    assert [line.split(" | ")[-1] for line in lines[2:5]] == ["75.0% |", " |", "75.0% |"]
+    assert {line.count("|") for line in lines[:5]} == {15}
+    without = frame.drop(columns=[name for name in frame if name.startswith("prompt_")])
+    lines = report.markdown(without).splitlines()
+    assert lines[0].endswith("| SSIM |")
+    assert {line.count("|") for line in lines[:5]} == {14}
 
 
 def test_the_csv_has_the_seeds_columns_first(climbed: Callable[..., Path], tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffusion_fast import models, pipeline, spool, worker
+from diffusion_fast import models, pipeline, spool, worker, world
+from diffusion_fast.draw import arrange, draw
 from diffusion_fast.optimizations import Build
 from diffusion_fast.spec import Result, RunSpec
 from tests.conftest import planned
@@ -32,7 +33,14 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RunSpec, 
         time.sleep(0.3)
         return [noise]
 
+    def call_for(build: Build, prompts: list[str], seeds: list[int]) -> list[Any]:
+        scenes = [scene for scene in map(world.parse, prompts) if scene is not None]
+        assert len(prompts) == len(seeds) == len(scenes) == 1
+        pixels = draw(arrange(scenes, torch.Generator().manual_seed(seeds[0])))[0].permute(1, 2, 0)
+        return [Image.fromarray((pixels * 255).byte().numpy())]
+
     monkeypatch.setattr(pipeline, "call", call)
+    monkeypatch.setattr(pipeline, "call_for", call_for)
     monkeypatch.setattr(worker, "_phases", lambda build: ({"denoising_s": 0.2}, to_floats(noise)))
     return ladder.rungs[0], folder
 
@@ -61,6 +69,30 @@ def test_a_measurement_has_its_samples_its_image_and_its_fidelity(prepared: tupl
     assert (result.problem, result.image_repeats, result.warmed_up) == ("", True, True)
     assert (folder / "image.png").is_file()
     assert 50_000 < (folder / "image.jpg").stat().st_size <= 200_000  # noise hardly compresses
+
+
+def test_held_out_prompts_are_painted_and_judged(prepared: tuple[RunSpec, Path]) -> None:
+    spec, folder = prepared
+    result = worker.measure_rung(spec, folder, Silent())  # type: ignore[arg-type]
+    assert result.problem == ""
+    assert (result.accuracy["right"], result.accuracy["prompts"], result.accuracy["high"]) == (8, 8, 1.0)
+    painted = spool.read_json(folder / spool.PROMPTS)["painted"]
+    assert [each["prompt"] for each in painted] == list(world.held_out_prompts(8))
+    assert (folder / spool.PROMPTS_SHEET).is_file()
+
+
+def test_what_fails_at_the_prompts_costs_neither_measurement_nor_fidelity(
+    prepared: tuple[RunSpec, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def call_for(*_: Any) -> None:
+        raise RuntimeError("no more memory")
+
+    monkeypatch.setattr(pipeline, "call_for", call_for)
+    spec, folder = prepared
+    result = worker.measure_rung(spec, folder, Silent())  # type: ignore[arg-type]
+    assert result.latency_median_s > 0
+    assert result.accuracy == {}
+    assert result.problem == "painting 8 held-out prompts: RuntimeError: no more memory"
 
 
 def test_what_fails_after_the_timed_calls_costs_no_measurement(
