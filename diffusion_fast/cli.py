@@ -276,13 +276,20 @@ def report(
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @tracked
 def sync(folder: Path, experiment: str | None, tracking_uri: str | None) -> None:
-    """Record ladders measured elsewhere, or earlier. Doing it twice changes nothing."""
-    found = spool.find_ladders(folder)
-    if not found:
-        fail(f"There is no ladder in {folder}.", 2)
+    """Record ladders and trainings made elsewhere, or earlier. Doing it twice changes nothing."""
+    found, trainings = spool.find_ladders(folder), spool.find_trainings(folder)
+    if not (found or trainings):
+        fail(f"There is no ladder and no training in {folder}.", 2)
     from diffusion_fast import tracking
 
     failed, recorded = False, None
+    for path in trainings:
+        try:
+            tracking.record_training(path, experiment=experiment, tracking_uri=tracking_uri)
+            click.echo(path.name)
+        except tracking.TrackingError as error:
+            failed = True
+            click.echo(f"Error: {path.name} is not recorded: {error}", err=True)
     for path in found:
         try:
             with spool.alone(path):

@@ -6,6 +6,9 @@ SPOOL/LADDER/ladder.json
                                      log.txt, progress.txt, environment.json, requirements.txt,
                                      prompts.json, prompts.png (where prompts were judged)
              .cache/00-baseline/     the rung's compile caches
+
+A folder with a training.json is a finished training of the bundled model (scripts/train_tiny.py): metrics.jsonl has a
+line a value, and samples/, sheet.png and evaluation.json what the model painted.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from typing import Any, TypeVar
 from diffusion_fast.spec import REFERENCE, Failure, Ladder, Outcome, Result, RunSpec
 
 LADDER, SPEC, RESULT, FAILURE = "ladder.json", "spec.json", "result.json", "failure.json"
+TRAINING, TRAINING_METRICS, TRAINING_SAMPLES = "training.json", "metrics.jsonl", "samples"
 REFERENCE_IMAGE = "reference.safetensors"
 LOG, PROGRESS = "log.txt", "progress.txt"
 PROMPTS, PROMPTS_SHEET = "prompts.json", "prompts.png"
@@ -83,6 +87,11 @@ def find_ladders(folder: Path) -> list[Path]:
     """The ladders in a folder, itself included, oldest first."""
     found = [path.parent for path in (folder / LADDER, *folder.glob(f"*/{LADDER}"), *folder.glob(f"*/*/{LADDER}"))]
     return sorted((path for path in found if (path / LADDER).is_file()), key=lambda path: path.name)
+
+
+def find_trainings(folder: Path) -> list[Path]:
+    """The finished trainings in a folder, itself included."""
+    return sorted(path.parent for path in (*folder.glob(TRAINING), *folder.glob(f"*/{TRAINING}")))
 
 
 def run_folder(ladder_folder: Path, spec: RunSpec) -> Path:

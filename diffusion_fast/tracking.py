@@ -6,6 +6,7 @@ and a recording that was cut off goes on where it stopped.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
@@ -237,6 +238,42 @@ def _summarize(client: MlflowClient, folder: Path, run_id: str) -> None:
             client.log_artifacts(run_id, made)
         client.log_artifact(run_id, str(folder / spool.LADDER))
         client.set_tag(run_id, "mlflow.note.content", note)
+
+
+def record_training(folder: Path, *, experiment: str | None = None, tracking_uri: str | None = None) -> None:
+    """Record a finished training of the bundled model: its plan, curves and samples. Raises TrackingError."""
+    with _tracking_errors():
+        client = connect(tracking_uri)
+        facts = spool.read_json(folder / spool.TRAINING)
+        experiment_id = _experiment(client, experiment, None)
+        found = _search(client, experiment_id, f"tags.kind = 'training' and tags.training_id = '{facts['id']}'")
+        finished_ms = _milliseconds(facts["finished_at"])
+        tags = {"kind": "training", "training_id": facts["id"]}
+        run = found[0] if found else client.create_run(experiment_id, finished_ms, tags, facts["id"])
+        if DONE not in run.data.tags:
+            _record_training(client, run.info.run_id, folder, facts, finished_ms)
+
+
+def _record_training(client: MlflowClient, run_id: str, folder: Path, facts: dict[str, Any], finished_ms: int) -> None:
+    from mlflow.entities import Metric, Param
+    from PIL import Image
+
+    lines = [json.loads(line) for line in (folder / spool.TRAINING_METRICS).read_text().splitlines()]
+    curves = {(line["name"], line["step"]): line["value"] for line in lines}  # after a restart a step counts once
+    facts_as_params = facts["plan"] | facts["environment"] | {"seconds": facts["seconds"]}
+    client.log_batch(run_id, params=[Param(name, str(value)) for name, value in facts_as_params.items()])
+    metrics = [Metric(name, value, finished_ms, step) for (name, step), value in curves.items()]
+    for start in range(0, len(metrics), 1000):  # MLflow's limit
+        client.log_batch(run_id, metrics=metrics[start : start + 1000])
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix in (".json", ".jsonl", ".png"):
+            client.log_artifact(run_id, str(path))
+    for path in sorted((folder / spool.TRAINING_SAMPLES).glob("*.png")):
+        client.log_artifact(run_id, str(path), spool.TRAINING_SAMPLES)
+        with Image.open(path) as opened:
+            client.log_image(run_id, opened.convert("RGB"), key="samples", step=int(path.stem.rpartition("-")[2]))
+    client.set_terminated(run_id, "FINISHED", finished_ms)
+    client.set_tag(run_id, DONE, "True")
 
 
 def _search(client: MlflowClient, experiment_id: str, search_filter: str) -> list[Run]:

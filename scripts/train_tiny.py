@@ -17,6 +17,7 @@ import json
 import math
 import time
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -67,7 +68,7 @@ SMOKE = Plan(
     batch=8,
     warmup=2,
     checkpoint_every=2,
-    sample_every=4,
+    sample_every=2,
     sample_prompts=2,
     prompts=2,
 )
@@ -156,7 +157,7 @@ class Log:
     """metrics.jsonl: a line a value, with its step. What is logged again after a restart counts the last time."""
 
     def __init__(self, folder: Path) -> None:
-        self.file = (folder / "metrics.jsonl").open("a")
+        self.file = (folder / spool.TRAINING_METRICS).open("a")
 
     def __call__(self, step: int, **values: float) -> None:
         for name, value in values.items():
@@ -167,12 +168,21 @@ class Log:
 class Checkpoint:
     """One file, replaced whole. Every stage has its name in it, with its state."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, plan: Plan) -> None:
         self.path = folder / "checkpoint.pt"
-        self.stages: dict[str, Any] = torch.load(self.path, map_location="cpu") if self.path.is_file() else {}
+        self.begin = time.monotonic()
+        new = {"id": f"{datetime.now(UTC):%Y%m%d-%H%M%S}-train-tiny", "plan": asdict(plan), "seconds": 0.0}
+        self.stages: dict[str, Any] = torch.load(self.path, map_location="cpu") if self.path.is_file() else new
+        if self.stages["plan"] != asdict(plan):
+            raise SystemExit(f"{folder} holds a checkpoint of another plan: take another --output.")
+        self.before = float(self.stages["seconds"])
+
+    def seconds(self) -> float:
+        """How long it has trained, what came before a restart included."""
+        return self.before + time.monotonic() - self.begin
 
     def save(self, stage: str, **state: Any) -> None:
-        self.stages[stage] = state
+        self.stages |= {stage: state, "seconds": self.seconds()}
         partial = self.path.with_suffix(".partial")
         torch.save(self.stages, partial)
         partial.replace(self.path)
@@ -298,7 +308,9 @@ def train_denoiser(
             painter = with_weights(pipe, average.module)
             painted = paint(painter, world.held_out_prompts(plan.sample_prompts))
             log(step, prompt_accuracy=accuracy.Accuracy.of(painted).accuracy)
-            accuracy.sheet(painted[:16], f"step {step + 1}").save(folder / "samples" / f"step-{step + 1:06}.png")
+            accuracy.sheet(painted[:16], f"step {step + 1}").save(
+                folder / spool.TRAINING_SAMPLES / f"step-{step + 1:06}.png"
+            )
     for name, part in average.module.items():
         getattr(pipe, name).load_state_dict(part.state_dict())
     learning.eval().requires_grad_(False)
@@ -388,12 +400,9 @@ def main() -> None:
 
 def train(plan: Plan, folder: Path) -> accuracy.Accuracy:
     """The whole training, or what is left of it. Returns how many of the held-out prompts are painted right."""
-    begin = time.monotonic()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    (folder / "samples").mkdir(parents=True, exist_ok=True)
-    checkpoint = Checkpoint(folder)
-    if checkpoint.stages.setdefault("plan", asdict(plan)) != asdict(plan):
-        raise SystemExit(f"{folder} holds a checkpoint of another plan: take another --output.")
+    (folder / spool.TRAINING_SAMPLES).mkdir(parents=True, exist_ok=True)
+    checkpoint = Checkpoint(folder, plan)
     torch.set_float32_matmul_precision("high")
     log = Log(folder)
     pipe = new_pipeline(plan).to(device)
@@ -409,8 +418,15 @@ def train(plan: Plan, folder: Path) -> accuracy.Accuracy:
     log(plan.steps, prompt_accuracy=result.accuracy)
     spool.write_json(folder / "evaluation.json", result.to_dict() | {"painted": [each.to_dict() for each in painted]})
     accuracy.sheet(painted[:25], "25 held-out prompts", columns=5).save(folder / "sheet.png")
-    facts = {"plan": asdict(plan), "seconds": time.monotonic() - begin, "accuracy": result.to_dict()}
-    spool.write_json(folder / "training.json", facts | {"environment": environment.describe(device)})
+    facts = {
+        "id": checkpoint.stages["id"],
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": checkpoint.seconds(),
+        "plan": asdict(plan),
+        "accuracy": result.to_dict(),
+        "environment": environment.describe(device),
+    }
+    spool.write_json(folder / spool.TRAINING, facts)  # last: it says that the folder is whole
     return result
 
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from diffusion_fast import world
+from diffusion_fast import tracking, world
+from diffusion_fast.cli import main
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "train_tiny.py"
 
@@ -55,6 +57,26 @@ def test_it_leaves_a_pipeline_its_curves_and_its_judgement(trained: Path) -> Non
     assert facts["plan"]["steps"] == 4
     assert facts["accuracy"]["prompts"] == 2
     assert (trained / "sheet.png").is_file()
+
+
+def test_its_folder_becomes_a_run_with_its_curves_once(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        done = CliRunner().invoke(main, ["sync", str(trained)], catch_exceptions=False)
+        assert (done.exit_code, trained.name in done.output) == (0, True)
+    client = tracking.connect(None)
+    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert (run.info.status, run.data.tags["kind"], run.data.params["steps"]) == ("FINISHED", "training", "4")
+    assert [each.step for each in client.get_metric_history(run.info.run_id, "loss")] == [0, 3]
+    assert [each.step for each in client.get_metric_history(run.info.run_id, "prompt_accuracy")] == [1, 4]
+    files = {item.path for item in client.list_artifacts(run.info.run_id)}
+    assert files >= {"sheet.png", "evaluation.json", "training.json", "metrics.jsonl", "samples", "images"}
+    assert not files & {"checkpoint.pt", "model"}
 
 
 def test_it_is_small_and_its_weights_were_trained(trained: Path, script: ModuleType) -> None:
