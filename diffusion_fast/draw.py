@@ -35,7 +35,7 @@ class Layout:
     radius: torch.Tensor
     angle: torch.Tensor
 
-    def __getitem__(self, which: slice) -> Layout:
+    def __getitem__(self, which: slice | torch.Tensor) -> Layout:
         return Layout(**{name: value[which] for name, value in vars(self).items()})
 
     def to(self, device: torch.device | str) -> Layout:

@@ -7,6 +7,7 @@ fills, and how much of the circle around it.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from skimage.filters import gaussian
 from skimage.measure import label, regionprops
 from skimage.morphology import disk, erosion
 
-from diffusion_fast.world import BACKGROUNDS, COLOURS, RELATIONS, SIZES, Scene, Thing
+from diffusion_fast.world import BACKGROUNDS, COLOURS, RELATIONS, SIZES, Rgb, Scene, Thing
 
 FRAME = 4  # pixels along the edges that show the background
 LEAST_AREA = 40  # pixels; less is a speck
@@ -27,6 +28,7 @@ EDGE = 0.5  # of the way from the background's colour to the object's: where its
 SMOOTHING = 0.5  # standard deviation in pixels: takes off noise and leaves the corners
 VISIBLE = 12.0  # distance in Lab from the background: what is farther is something
 COLOUR_TOLERANCE = 26.0  # distance in Lab: farther from every name, a colour has none
+MIXED = 0.1  # of an object in other colours than its own: with more it has none
 SHAPE_TOLERANCE = 0.13  # distance from every shape's figures: farther is no shape
 BIG_FROM = (SIZES["small"][1] + SIZES["large"][0]) / 2  # radius in pixels
 
@@ -98,16 +100,20 @@ def read(picture: NDArray[Any]) -> tuple[str, list[Seen]]:
         if rough.area < LEAST_AREA:
             continue
         inner = erosion(np.pad(rough.image, 1), disk(2))[1:-1, 1:-1]
-        colour = np.median(lab[rough.slice][inner if inner.any() else rough.image], axis=0)
+        within = lab[rough.slice][inner if inner.any() else rough.image]
+        colour = np.median(within, axis=0)
+        name = _name(colour, COLOURS)
+        if name and (np.linalg.norm(within - _lab(COLOURS[name]), axis=1) > COLOUR_TOLERANCE).mean() > MIXED:
+            name = ""
         # Halfway to the object's own colour is where its edge is, whatever the two colours are.
         inside = rough.image & (off[rough.slice] > EDGE * np.linalg.norm(colour - ground))
         for part in regionprops(label(inside)):
             if part.area >= LEAST_AREA:
-                seen.append(_see(part, colour, rough.bbox[:2]))
+                seen.append(_see(part, name, rough.bbox[:2]))
     return _name(ground, BACKGROUNDS), seen
 
 
-def _see(part: Any, colour: NDArray[Any], corner: tuple[int, int]) -> Seen:
+def _see(part: Any, colour: str, corner: tuple[int, int]) -> Seen:
     rows, columns = part.coords.T
     middle = np.array(part.centroid)
     if part.area_filled > part.area:  # of a ring with a flaw in it the filled one has the truer centre
@@ -126,16 +132,20 @@ def _see(part: Any, colour: NDArray[Any], corner: tuple[int, int]) -> Seen:
     shape = nearest if distances[nearest] <= SHAPE_TOLERANCE else ""
     size = "large" if radius > BIG_FROM else "small"
     y, x = middle + corner + 0.5
-    return Seen(Thing(shape, _name(colour, COLOURS), size), float(x), float(y), radius)
+    return Seen(Thing(shape, colour, size), float(x), float(y), radius)
 
 
-def _name(lab: NDArray[Any], palette: dict[str, tuple[int, int, int]]) -> str:
+def _name(lab: NDArray[Any], palette: dict[str, Rgb]) -> str:
     """The nearest name in the palette; "" where none is near, or a colour of the other palette is nearer."""
-    every = COLOURS | BACKGROUNDS
-    known = rgb2lab(np.array(list(every.values())) / 255.0)
-    distances = np.linalg.norm(known - lab, axis=1)
-    nearest = list(every)[int(distances.argmin())]
-    return nearest if distances.min() <= COLOUR_TOLERANCE and nearest in palette else ""
+    distances = {name: float(np.linalg.norm(lab - _lab(rgb))) for name, rgb in (COLOURS | BACKGROUNDS).items()}
+    nearest = min(distances, key=lambda name: distances[name])
+    return nearest if distances[nearest] <= COLOUR_TOLERANCE and nearest in palette else ""
+
+
+@functools.cache
+def _lab(rgb: Rgb) -> NDArray[np.float64]:
+    known: NDArray[np.float64] = rgb2lab(np.array(rgb) / 255.0)
+    return known
 
 
 def _is(found: Thing, wanted: Thing) -> bool:

@@ -85,7 +85,7 @@ def check_weights(model: Model, weights: str, parts: Iterable[str] = ()) -> None
             raise ValueError(
                 f"{model.name} doesn't come with the package: use --weights pretrained, random or a folder."
             )
-        verify(PACKAGE / model.embedded)
+        verify(PACKAGE / model.embedded, required=True)
     elif weights == "random":
         if not model.configs:
             raise ValueError(f"{model.name} can't be built from random weights: use --weights embedded or a folder.")
@@ -117,11 +117,23 @@ def _check_folder(model: Model, folder: Path) -> None:
     verify(folder)
 
 
-def verify(folder: Path) -> None:
-    """Check a folder's files against its SHA256SUMS, if it has one. Raises ValueError with the name of a wrong one."""
+def verify(folder: Path, required: bool = False) -> None:
+    """Check a folder's weights against its SHA256SUMS. Without one nothing is checked, unless it is `required`.
+
+    Raises ValueError with the name of a file that isn't what it was, is gone, or isn't listed.
+    """
     recorded = folder / CHECKSUMS
-    for line in recorded.read_text().splitlines() if recorded.is_file() else ():
-        expected, _, name = line.partition("  ")
+    if not recorded.is_file():
+        if required:
+            raise ValueError(f"{recorded} is missing: the weights beside it can't be verified.")
+        return
+    listed = {
+        name: expected for expected, _, name in (line.partition("  ") for line in recorded.read_text().splitlines())
+    }
+    for path in sorted(folder.glob("*/*.safetensors")):
+        if str(path.relative_to(folder)) not in listed:
+            raise ValueError(f"{path} is not listed in {CHECKSUMS}.")
+    for name, expected in listed.items():
         if not (folder / name).is_file():
             raise ValueError(f"{folder / name} is missing, and {CHECKSUMS} lists it.")
         with (folder / name).open("rb") as file:

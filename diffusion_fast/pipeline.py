@@ -104,7 +104,7 @@ def _load(build: Build) -> Any:
             "embedded": str(PACKAGE / build.model.embedded),
             "pretrained": build.model.hub_id,
         }.get(build.spec.weights, build.spec.weights)
-        verify(Path(source))
+        verify(Path(source), required=build.spec.weights == "embedded")
         pipe = pipeline_class.from_pretrained(source, dtype=dtype, use_safetensors=True, **parts)
         pipe.to(build.spec.device)
     pipe.set_progress_bar_config(disable=True)

@@ -167,12 +167,18 @@ def plan_ladder(
 
 def _accuracy_prompts(model: Model, settings: Settings) -> int:
     """How many held-out prompts a rung paints: 8 where the pictures can be judged, unless asked otherwise."""
+    size = (settings.height or model.height, settings.width or model.width)
+    readable = size == (world.CANVAS, world.CANVAS)
     if settings.accuracy_prompts is None:
-        return 8 if model.small_world else 0
+        return 8 if model.small_world and readable else 0
     if not 0 <= settings.accuracy_prompts <= MOST_PROMPTS:
         raise ValueError(f"accuracy prompts must be 0 to {MOST_PROMPTS}, not {settings.accuracy_prompts}.")
     if settings.accuracy_prompts and not model.small_world:
         raise ValueError(f"{model.name}'s pictures can't be judged: --accuracy-prompts is for the bundled model, tiny.")
+    if settings.accuracy_prompts and not readable:
+        raise ValueError(
+            f"The judge reads pictures of {world.CANVAS}×{world.CANVAS} alone: leave height and width out."
+        )
     return settings.accuracy_prompts
 
 

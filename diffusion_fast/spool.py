@@ -4,11 +4,11 @@ SPOOL/LADDER/ladder.json
              reference/              spec.json, reference.safetensors, image.png, log.txt
              00-baseline/r1-a1/      spec.json, result.json | failure.json, image.png, image.jpg, result.csv,
                                      log.txt, progress.txt, environment.json, requirements.txt,
-                                     prompts.json, prompts.png (where prompts were judged)
+                                     prompts.json, prompts.jpg (where prompts were judged)
              .cache/00-baseline/     the rung's compile caches
 
 A folder with a training.json is a finished training of the bundled model (scripts/train_tiny.py): metrics.jsonl has a
-line a value, and samples/, sheet.png and evaluation.json what the model painted.
+line a value, and samples/, sheet.jpg and evaluation.json what the model painted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LADDER, SPEC, RESULT, FAILURE = "ladder.json", "spec.json", "result.json", "fail
 TRAINING, TRAINING_METRICS, TRAINING_SAMPLES = "training.json", "metrics.jsonl", "samples"
 REFERENCE_IMAGE = "reference.safetensors"
 LOG, PROGRESS = "log.txt", "progress.txt"
-PROMPTS, PROMPTS_SHEET = "prompts.json", "prompts.png"
+PROMPTS, PROMPTS_SHEET = "prompts.json", "prompts.jpg"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -91,7 +91,8 @@ def find_ladders(folder: Path) -> list[Path]:
 
 def find_trainings(folder: Path) -> list[Path]:
     """The finished trainings in a folder, itself included."""
-    return sorted(path.parent for path in (*folder.glob(TRAINING), *folder.glob(f"*/{TRAINING}")))
+    patterns = (TRAINING, f"*/{TRAINING}", f"*/*/{TRAINING}")
+    return sorted(path.parent for pattern in patterns for path in folder.glob(pattern))
 
 
 def run_folder(ladder_folder: Path, spec: RunSpec) -> Path:

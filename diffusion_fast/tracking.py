@@ -266,9 +266,9 @@ def _record_training(client: MlflowClient, run_id: str, folder: Path, facts: dic
     for start in range(0, len(metrics), 1000):  # MLflow's limit
         client.log_batch(run_id, metrics=metrics[start : start + 1000])
     for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix in (".json", ".jsonl", ".png"):
+        if path.is_file() and path.suffix in (".json", ".jsonl", ".jpg"):
             client.log_artifact(run_id, str(path))
-    for path in sorted((folder / spool.TRAINING_SAMPLES).glob("*.png")):
+    for path in sorted((folder / spool.TRAINING_SAMPLES).glob("*.jpg")):
         client.log_artifact(run_id, str(path), spool.TRAINING_SAMPLES)
         with Image.open(path) as opened:
             client.log_image(run_id, opened.convert("RGB"), key="samples", step=int(path.stem.rpartition("-")[2]))

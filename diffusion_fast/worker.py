@@ -136,24 +136,28 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
         phases={},
         memory=memory,
         image_repeats=len({_bytes(batch) for batch in images}) == 1,
-        problem="the worker ended before it had the phases, the fidelity and the accuracy",
     )
+
+    def keep(stage: str, **found: Any) -> None:
+        """Write down what there is. Should the worker be killed in the `stage` that begins, the result says so."""
+        nonlocal result
+        result = replace(result, **found, problem=f"the worker ended while {stage}")
+        spool.write_json(folder / spool.RESULT, result.to_dict())
+        progress(stage)
+
     # The measurement is there. What follows may fail, or be killed, without taking it along.
-    spool.write_json(folder / spool.RESULT, result.to_dict())
     try:
+        keep("saving the image")
         _save_image(images[0], folder)
-        result = replace(result, environment=_environment(spec, folder))
-        progress("splitting into phases")
+        keep("splitting into phases", environment=_environment(spec, folder))
         phases, decoded = _phases(build)
         repeats = result.image_repeats and _bytes(_to_pil(decoded)) == _bytes(images[0])
-        result = replace(result, phases=phases, image_repeats=repeats)
-        progress("comparing")
+        keep("comparing", phases=phases, image_repeats=repeats)
         fidelity = _fidelity(decoded, spool.reference_file(folder.parents[1]))
-        result = replace(result, **fidelity)
         if spec.accuracy_prompts:
-            progress(f"painting {spec.accuracy_prompts} held-out prompts")
-            result = replace(result, accuracy=_accuracy(build, folder))
-        result = replace(result, problem="")
+            keep(f"painting {spec.accuracy_prompts} held-out prompts", **fidelity)
+            fidelity["accuracy"] = _accuracy(build, folder)
+        result = replace(result, **fidelity, problem="")
     except Exception as error:
         traceback.print_exc()
         result = replace(result, problem=f"{progress.stage}: {type(error).__name__}: {error}")
@@ -244,7 +248,8 @@ def _accuracy(build: Build, folder: Path) -> dict[str, float]:
     spool.write_json(folder / spool.PROMPTS, {"painted": [each.to_dict() for each in painted]})
     found = accuracy.Accuracy.of(painted)
     title = f"{spec.rung}: {found.right} of {found.prompts} held-out prompts right"
-    accuracy.sheet(painted[:SHEET_PROMPTS], title).save(folder / spool.PROMPTS_SHEET)
+    title += f", of which the first {SHEET_PROMPTS} are here" if found.prompts > SHEET_PROMPTS else ""
+    accuracy.sheet(painted[:SHEET_PROMPTS], title).save(folder / spool.PROMPTS_SHEET, quality=90)
     return found.to_dict()
 
 

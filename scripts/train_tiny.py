@@ -1,4 +1,4 @@
-"""Train the bundled model: its VAE, then its text encoders and its UNet together, on scenes drawn as they are needed.
+"""Train the bundled model on scenes that are drawn: its VAE, then its text encoders and its UNet together.
 
     python scripts/train_tiny.py --output training          # one H100: within 20 minutes
     python scripts/train_tiny.py --output training --smoke  # a few steps of each, on a CPU: that it runs
@@ -11,10 +11,10 @@ held-out prompts with the judge's verdicts, and training.json, by which `diffusi
 from __future__ import annotations
 
 import argparse
-import copy
 import hashlib
 import json
 import math
+import re
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.image_processor import VaeImageProcessor
 from tokenizers import AddedToken
 from torch.nn import functional
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -31,10 +32,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from diffusion_fast import accuracy, environment, spool, world
 from diffusion_fast.draw import Layout, arrange, draw
+from diffusion_fast.judge import judge
 from diffusion_fast.models import CHECKSUMS, MODELS
 from diffusion_fast.pipeline import byte_tokenizer
 
 TINY = MODELS["tiny"]
+GUIDANCES = (1.5, 2.0, 3.0, 5.0, 7.0)  # tried at the end: a model has one at which it paints best
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,10 @@ SMOKE = Plan(
 def tokenizer() -> CLIPTokenizer:
     """CLIP's with a vocabulary of single bytes, in which what it doesn't know is spelled, and the world's words."""
     found = byte_tokenizer(512)
-    random = Random(0)
-    said = {world.caption(world.random_scene(random), random) for _ in range(2_000)}
-    words = sorted({word for text in said for word in text.replace(",", "").split()})
+    phrases = [phrase for several in world.PHRASES.values() for phrase in several]
+    names = [*world.SHAPES, *world.COLOURS, *world.BACKGROUNDS, *world.SIZES, "a", "an"]
+    fixed = [re.sub(r"{\w+}|,", "", template) for template in (*world.ONE, *world.TWO)]
+    words = sorted({word for text in (*names, *phrases, *fixed) for word in text.split()})
     found.add_tokens([AddedToken(word, single_word=True, normalized=True) for word in words])
     return found
 
@@ -119,6 +123,7 @@ def new_pipeline(plan: Plan) -> StableDiffusionXLPipeline:
         addition_time_embed_dim=32,
         projection_class_embeddings_input_dim=64 + 6 * 32,
         use_linear_projection=True,
+        norm_num_groups=8,
     )
     vae = AutoencoderKL(
         block_out_channels=(32, 32, 64, 64),
@@ -126,6 +131,7 @@ def new_pipeline(plan: Plan) -> StableDiffusionXLPipeline:
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
         latent_channels=4,
+        norm_num_groups=4,  # with a group a channel, a norm would take a picture's colours out of it
         sample_size=world.CANVAS,
         scaling_factor=1.0,
         latents_mean=[0.0] * 4,
@@ -168,13 +174,13 @@ class Log:
 class Checkpoint:
     """One file, replaced whole. Every stage has its name in it, with its state."""
 
-    def __init__(self, folder: Path, plan: Plan) -> None:
+    def __init__(self, folder: Path, identity: str) -> None:
         self.path = folder / "checkpoint.pt"
         self.begin = time.monotonic()
-        new = {"id": f"{datetime.now(UTC):%Y%m%d-%H%M%S}-train-tiny", "plan": asdict(plan), "seconds": 0.0}
+        new = {"id": f"{datetime.now(UTC):%Y%m%d-%H%M%S}-train-tiny", "identity": identity, "seconds": 0.0}
         self.stages: dict[str, Any] = torch.load(self.path, map_location="cpu") if self.path.is_file() else new
-        if self.stages["plan"] != asdict(plan):
-            raise SystemExit(f"{folder} holds a checkpoint of another plan: take another --output.")
+        if self.stages["identity"] != identity:
+            raise SystemExit(f"{folder} holds a checkpoint of another plan, model or world: take another --output.")
         self.before = float(self.stages["seconds"])
 
     def seconds(self) -> float:
@@ -201,6 +207,13 @@ class Data:
     def pictures(self, which: torch.Tensor) -> torch.Tensor:
         """(n, 3, 128, 128) in -1..1, as the VAE wants them."""
         return draw(self.layout[which]) * 2 - 1
+
+
+def identity(plan: Plan, pipe: StableDiffusionXLPipeline, data: Data) -> str:
+    """A hash of everything that two trainings must share for one to go on with the other's checkpoint."""
+    configs = {name: str(part.config) for name, part in pipe.components.items() if hasattr(part, "config")}
+    known = json.dumps([asdict(plan), configs], sort_keys=True).encode()
+    return hashlib.sha256(known + data.tokens.cpu().numpy().tobytes()).hexdigest()
 
 
 def tokens(words: CLIPTokenizer, captions: list[str]) -> torch.Tensor:
@@ -244,6 +257,18 @@ def train_vae(pipe: StableDiffusionXLPipeline, data: Data, plan: Plan, log: Log,
     vae.register_to_config(
         latents_mean=sample.mean((0, 2, 3)).tolist(), latents_std=sample.std((0, 2, 3)).tolist(), scaling_factor=1.0
     )
+    log(plan.vae_steps, vae_right=reproduced(vae, plan))
+
+
+@torch.no_grad()
+def reproduced(vae: AutoencoderKL, plan: Plan) -> float:
+    """The share of scenes that the judge still finds right after the VAE: no prompt is painted better than that."""
+    random = Random(plan.seed + 1)
+    scenes = [world.random_scene(random, unseen=True) for _ in range(plan.prompts)]
+    pictures = draw(arrange(scenes, torch.Generator().manual_seed(plan.seed + 1)).to(vae.device)) * 2 - 1
+    again = torch.cat([vae.decode(vae.encode(part).latent_dist.mean).sample for part in pictures.split(50)])
+    pixels = VaeImageProcessor.pt_to_numpy(VaeImageProcessor.denormalize(again))
+    return sum(judge(each, scene).right for each, scene in zip(pixels, scenes, strict=True)) / len(scenes)
 
 
 def train_denoiser(
@@ -254,7 +279,7 @@ def train_denoiser(
     learning = torch.nn.ModuleDict(
         {"unet": pipe.unet, "text_encoder": pipe.text_encoder, "text_encoder_2": pipe.text_encoder_2}
     ).train()
-    average = AveragedModel(learning, multi_avg_fn=get_ema_multi_avg_fn(plan.ema))
+    average = AveragedModel(learning, multi_avg_fn=get_ema_multi_avg_fn(plan.ema)).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(plan.seed + 2)
     optimizer = torch.optim.AdamW(learning.parameters(), plan.rate, betas=(0.9, 0.99), weight_decay=plan.weight_decay)
     start = restore(checkpoint, "denoiser", learning, optimizer, generator)
@@ -270,60 +295,113 @@ def train_denoiser(
     latents = (latents - mean) / std
     signal = pipe.scheduler.alphas_cumprod.to(device)
     size = torch.tensor([world.CANVAS, world.CANVAS, 0, 0, world.CANVAS, world.CANVAS], device=device)
-    unet = torch.compile(learning["unet"]) if device == "cuda" else learning["unet"]
 
-    def loss_of(clean: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        count = len(clean)
-        context, pooled = encode_text(learning["text_encoder"], learning["text_encoder_2"], ids)
-        # SDXL's pipeline takes zeros for what isn't said.
-        said = torch.rand(count, generator=generator, device=device) >= plan.unconditional
-        timestep = torch.randint(len(signal), (count,), generator=generator, device=device)
-        noise = torch.randn(clean.shape, generator=generator, device=device)
-        a, b = (amount.sqrt()[timestep].view(-1, 1, 1, 1) for amount in (signal, 1 - signal))
-        conditions = {"text_embeds": pooled * said[:, None], "time_ids": size.expand(count, -1)}
-        velocity = unet(
-            a * clean + b * noise,
+    def velocity_error(
+        clean: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        seen, wanted = noised(clean, noise, signal[timestep])
+        velocity = learning["unet"](
+            seen,
             timestep,
-            encoder_hidden_states=context * said[:, None, None],
-            added_cond_kwargs=conditions,
+            encoder_hidden_states=context,
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": size.expand(len(clean), -1)},
             return_dict=False,
         )[0]
-        return functional.mse_loss(velocity.float(), a * noise - b * clean)
+        return functional.mse_loss(velocity.float(), wanted)
 
-    begin, since = time.monotonic(), start
+    # Launched one by one, the step's thousands of kernels would take longer than they run.
+    error_of = torch.compile(velocity_error) if device == "cuda" else velocity_error
+    begin = time.monotonic()
     for step in range(start, plan.steps):
         which = torch.randint(plan.scenes, (plan.batch,), generator=generator, device=device)
+        said = torch.rand(plan.batch, generator=generator, device=device) >= plan.unconditional
+        timestep = torch.randint(len(signal), (plan.batch,), generator=generator, device=device)
+        noise = torch.randn(plan.batch, *latents.shape[1:], generator=generator, device=device)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss = loss_of(latents[which], data.tokens[which])
+            context, pooled = encode_text(learning["text_encoder"], learning["text_encoder_2"], data.tokens[which])
+            # SDXL's pipeline takes zeros for what isn't said.
+            context, pooled = context * said[:, None, None], pooled * said[:, None]
+            loss = error_of(latents[which], context, pooled, timestep, noise)
         descend(optimizer, loss, rate(plan.rate, step, plan.steps, plan.warmup))
         average.update_parameters(learning)
         last = step == plan.steps - 1
         if step % 100 == 0 or last:
-            seconds = (time.monotonic() - begin) / max(1, step - since)
-            log(step, loss=loss.item(), step_s=seconds)
+            log(step, loss=loss.item(), trained_s=time.monotonic() - begin)
         if (step + 1) % plan.checkpoint_every == 0 or last:
             state = state_of(step + 1, learning, optimizer, generator)
             checkpoint.save("denoiser", **state, average=average.state_dict())
         if (step + 1) % plan.sample_every == 0 and not last:
-            painter = with_weights(pipe, average.module)
+            painter = StableDiffusionXLPipeline(
+                **(pipe.components | dict(average.module.items())), add_watermarker=False
+            )
             painted = paint(painter, world.held_out_prompts(plan.sample_prompts))
-            log(step, prompt_accuracy=accuracy.Accuracy.of(painted).accuracy)
+            log(step + 1, prompt_accuracy=accuracy.Accuracy.of(painted).accuracy)
             accuracy.sheet(painted[:16], f"step {step + 1}").save(
-                folder / spool.TRAINING_SAMPLES / f"step-{step + 1:06}.png"
+                folder / spool.TRAINING_SAMPLES / f"step-{step + 1:06}.jpg"
             )
     for name, part in average.module.items():
         getattr(pipe, name).load_state_dict(part.state_dict())
     learning.eval().requires_grad_(False)
 
 
-def save(pipe: StableDiffusionXLPipeline, folder: Path) -> None:
-    """The pipeline in float16, and the checksums that are verified whenever it is loaded."""
+CARD = """---
+license: apache-2.0
+pipeline_tag: text-to-image
+---
+# tiny: a miniature of SDXL that paints a small world
+
+A `StableDiffusionXLPipeline` of {size:.1f} M parameters that comes with diffusion_fast, so that optimizations of SDXL can
+be measured anywhere, with pictures on which one can see what they do.
+
+**Training.** {training}
+
+**Data.** Scenes drawn by diffusion_fast's `draw.py`, with captions from its `world.py`, 128×128 pixels: one object, or two
+of which one is above, below, left of or right of the other.
+
+- shapes: {shapes}
+- colours: {colours}
+- sizes: {sizes}
+- backgrounds: {backgrounds}
+
+{unseen} of the {things} objects (shape, colour and size) are held out of the training, and prompts are judged on scenes
+with one of these. No picture and no text of anybody else's was used.
+
+**Limits.** It knows nothing else: any other prompt paints something, without meaning. Pictures of another size than
+128×128 were never trained.
+
+**Licence.** Apache-2.0, as diffusion_fast itself.
+"""
+
+
+def save(pipe: StableDiffusionXLPipeline, folder: Path, training: str) -> None:
+    """The pipeline in float16, the checksums that are verified whenever it is loaded, and its card."""
     pipe.to("cpu", torch.float16).save_pretrained(folder, safe_serialization=True)
     lines = [
         f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(folder)}"
         for path in sorted(folder.glob("*/*.safetensors"))
     ]
     spool.write_text(folder / CHECKSUMS, "\n".join(lines) + "\n")
+    networks = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    card = CARD.format(
+        size=sum(parameter.numel() for part in networks for parameter in part.parameters()) / 1e6,
+        training=training,
+        shapes=", ".join(world.SHAPES),
+        colours=", ".join(world.COLOURS),
+        sizes=", ".join(world.SIZES),
+        backgrounds=", ".join(world.BACKGROUNDS),
+        unseen=len(world.UNSEEN),
+        things=len(world.THINGS),
+    )
+    spool.write_text(folder / "README.md", card)
+
+
+def noised(clean: torch.Tensor, noise: torch.Tensor, signal: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the UNet sees and the velocity it shall predict, where `signal` (n) is what is left of the clean variance.
+
+    https://arxiv.org/abs/2202.00512, appendix D
+    """
+    a, b = (amount.sqrt().view(-1, 1, 1, 1) for amount in (signal, 1 - signal))
+    return a * clean + b * noise, a * noise - b * clean
 
 
 def encode_text(first: Any, second: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -332,13 +410,9 @@ def encode_text(first: Any, second: Any, ids: torch.Tensor) -> tuple[torch.Tenso
     return torch.cat((one.hidden_states[-2], two.hidden_states[-2]), -1), two.text_embeds
 
 
-def with_weights(pipe: StableDiffusionXLPipeline, parts: Any) -> StableDiffusionXLPipeline:
-    """The same pipeline with copies of other networks in it, ready to paint."""
-    copies = {name: copy.deepcopy(part).eval().requires_grad_(False) for name, part in parts.items()}
-    return StableDiffusionXLPipeline(**(pipe.components | copies), add_watermarker=False)
-
-
-def paint(pipe: StableDiffusionXLPipeline, prompts: tuple[str, ...]) -> list[accuracy.Painted]:
+def paint(
+    pipe: StableDiffusionXLPipeline, prompts: tuple[str, ...], guidance: float = TINY.guidance_scale
+) -> list[accuracy.Painted]:
     pipe.set_progress_bar_config(disable=True)
 
     def call(texts: list[str], seeds: list[int]) -> list[Any]:
@@ -347,7 +421,7 @@ def paint(pipe: StableDiffusionXLPipeline, prompts: tuple[str, ...]) -> list[acc
         images: list[Any] = pipe(
             texts,
             num_inference_steps=TINY.steps,
-            guidance_scale=TINY.guidance_scale,
+            guidance_scale=guidance,
             height=TINY.height,
             width=TINY.width,
             latents=latents,
@@ -402,22 +476,32 @@ def train(plan: Plan, folder: Path) -> accuracy.Accuracy:
     """The whole training, or what is left of it. Returns how many of the held-out prompts are painted right."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     (folder / spool.TRAINING_SAMPLES).mkdir(parents=True, exist_ok=True)
-    checkpoint = Checkpoint(folder, plan)
-    torch.set_float32_matmul_precision("high")
-    log = Log(folder)
     pipe = new_pipeline(plan).to(device)
     data = Data(plan, pipe.tokenizer, device)
+    checkpoint = Checkpoint(folder, identity(plan, pipe, data))
+    log = Log(folder)
+    torch.set_float32_matmul_precision("high")
     train_vae(pipe, data, plan, log, checkpoint)
     train_denoiser(pipe, data, plan, log, checkpoint, folder)
-    save(pipe, folder / "model")
+    where = torch.cuda.get_device_name() if device == "cuda" else "a CPU"
+    training = (
+        f"`scripts/train_tiny.py`: {plan.vae_steps} steps of the VAE, {plan.steps} of the text encoders and the UNet, "
+        f"{checkpoint.seconds():.0f} s on {where}, from the seed {plan.seed}."
+    )
+    save(pipe, folder / "model", training)
 
     # What is shipped is judged: the float16 weights, in fp32.
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     pipe = StableDiffusionXLPipeline.from_pretrained(folder / "model", dtype=torch.float32).to(device)
+    for guidance in GUIDANCES:
+        some = accuracy.Accuracy.of(paint(pipe, world.held_out_prompts(plan.sample_prompts), guidance))
+        log(plan.steps, **{f"prompt_accuracy_guidance_{guidance:g}": some.accuracy})
     painted = paint(pipe, world.held_out_prompts(plan.prompts))
     result = accuracy.Accuracy.of(painted)
     log(plan.steps, prompt_accuracy=result.accuracy)
     spool.write_json(folder / "evaluation.json", result.to_dict() | {"painted": [each.to_dict() for each in painted]})
-    accuracy.sheet(painted[:25], "25 held-out prompts", columns=5).save(folder / "sheet.png")
+    accuracy.sheet(painted[:25], "25 held-out prompts", columns=5).save(folder / "sheet.jpg", quality=90)
     facts = {
         "id": checkpoint.stages["id"],
         "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -112,5 +112,5 @@ def test_the_spool_has_the_seeds_files(store: tuple[Path, str]) -> None:
         assert header.startswith("pipeline_cls,ckpt_id,bf16,sdpa,")
         assert (folder / "image.jpg").stat().st_size <= 200_000
         assert len(json.loads((folder / "prompts.json").read_text())["painted"]) == 8
-        assert (folder / "prompts.png").is_file()
+        assert (folder / "prompts.jpg").is_file()
         assert (folder / "requirements.txt").read_text().count("==") > 50

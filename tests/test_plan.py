@@ -149,4 +149,7 @@ def test_only_what_can_be_judged_paints_prompts_for_the_judge() -> None:
     assert {spec.accuracy_prompts for spec in ladder.rungs} == {8}
     assert ladder.reference.accuracy_prompts == 0
     assert {spec.accuracy_prompts for spec in planned(accuracy_prompts=500).rungs} == {500}
+    assert {spec.accuracy_prompts for spec in planned(height=64).rungs} == {0}  # the judge knows sizes in pixels
+    with pytest.raises(ValueError, match="128×128 alone"):
+        planned(width=256, accuracy_prompts=8)
     assert {spec.accuracy_prompts for spec in planned(model="sdxl", weights="random").rungs} == {0}

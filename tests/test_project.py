@@ -73,12 +73,23 @@ def normal(name: str) -> str:
 def test_the_bundled_model_is_small_and_safe() -> None:
     files = [path for path in (ROOT / "diffusion_fast" / "tiny").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 12_000_000
-    assert {path.suffix for path in files} == {".json", ".safetensors", ""}
+    assert {path.suffix for path in files} == {".json", ".safetensors", ".md", ""}
     listed = (ROOT / "diffusion_fast" / "tiny" / CHECKSUMS).read_text().splitlines()
     weights = {
         str(path.relative_to(ROOT / "diffusion_fast" / "tiny")) for path in files if path.suffix == ".safetensors"
     }
     assert {line.partition("  ")[2] for line in listed} == weights
+
+
+def test_bundled_weights_without_checksums_are_refused(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "diffusion_fast" / "tiny", tmp_path / "tiny")
+    (tmp_path / "tiny" / CHECKSUMS).write_text("")
+    with pytest.raises(ValueError, match=r"text_encoder/model\.safetensors is not listed"):
+        verify(tmp_path / "tiny")
+    (tmp_path / "tiny" / CHECKSUMS).unlink()
+    verify(tmp_path / "tiny")  # a person's own folder needs none
+    with pytest.raises(ValueError, match="can't be verified"):
+        verify(tmp_path / "tiny", required=True)
 
 
 @pytest.mark.parametrize("harm", ["altered", "cut short", "gone"])

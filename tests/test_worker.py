@@ -95,6 +95,23 @@ def test_what_fails_at_the_prompts_costs_neither_measurement_nor_fidelity(
     assert result.problem == "painting 8 held-out prompts: RuntimeError: no more memory"
 
 
+def test_what_is_killed_at_the_prompts_leaves_everything_else(
+    prepared: tuple[RunSpec, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    spec, folder = prepared
+    monkeypatch.setattr(pipeline, "call_for", killed)
+    with pytest.raises(KeyboardInterrupt):
+        worker.measure_rung(spec, folder, Silent())  # type: ignore[arg-type]
+    kept = spool.read_outcome(folder)
+    assert isinstance(kept, Result)
+    assert kept.phases == {"denoising_s": 0.2}
+    assert kept.environment
+    assert kept.problem == "the worker ended while painting 8 held-out prompts"
+
+
 def test_what_fails_after_the_timed_calls_costs_no_measurement(
     prepared: tuple[RunSpec, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,7 +142,7 @@ def test_what_is_killed_after_the_timed_calls_leaves_its_measurement(
     kept = spool.read_outcome(folder)
     assert isinstance(kept, Result)
     assert len(kept.samples_s) >= 10
-    assert "before it had the phases" in kept.problem
+    assert kept.problem == "the worker ended while splitting into phases"
 
 
 @pytest.mark.parametrize(("shared", "filled"), [("", "warm"), ("1", "shared")])
