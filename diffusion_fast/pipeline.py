@@ -152,7 +152,7 @@ def byte_tokenizer(start_id: int = 49406) -> Any:
     """A CLIP tokenizer that knows single bytes only, so that it needs no vocabulary file.
 
     SDXL's text encoders take the position of the highest id as the end of the text, so the special tokens come last:
-    `start_id` and the one after it.
+    `start_id` and the one after it. A config that names the end's id, as the bundled model's does, needs no such order.
     """
     from transformers import CLIPTokenizer
 

@@ -350,13 +350,13 @@ pipeline_tag: text-to-image
 ---
 # tiny: a miniature of SDXL that paints a small world
 
-A `StableDiffusionXLPipeline` of {size:.1f} M parameters that comes with diffusion_fast, so that optimizations of SDXL can
-be measured anywhere, with pictures on which one can see what they do.
+A `StableDiffusionXLPipeline` of {size:.1f} M parameters that comes with diffusion_fast, so that optimizations of SDXL
+can be measured anywhere, with pictures on which one can see what they do.
 
 **Training.** {training}
 
-**Data.** Scenes drawn by diffusion_fast's `draw.py`, with captions from its `world.py`, 128×128 pixels: one object, or two
-of which one is above, below, left of or right of the other.
+**Data.** Scenes drawn by diffusion_fast's `draw.py`, with captions from its `world.py`, 128×128 pixels: one object, or
+two of which one is above, below, left of or right of the other.
 
 - shapes: {shapes}
 - colours: {colours}
