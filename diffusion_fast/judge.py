@@ -28,7 +28,7 @@ EDGE = 0.5  # of the way from the background's colour to the object's: where its
 SMOOTHING = 0.5  # standard deviation in pixels: takes off noise and leaves the corners
 VISIBLE = 12.0  # distance in Lab from the background: what is farther is something
 COLOUR_TOLERANCE = 26.0  # distance in Lab: farther from every name, a colour has none
-MIXED = 0.1  # of an object in other colours than its own: with more it has none
+MIXED = 0.1  # of an object in another colour of the palette: with more it has none
 SHAPE_TOLERANCE = 0.13  # distance from every shape's figures: farther is no shape
 BIG_FROM = (SIZES["small"][1] + SIZES["large"][0]) / 2  # radius in pixels
 
@@ -103,7 +103,7 @@ def read(picture: NDArray[Any]) -> tuple[str, list[Seen]]:
         within = lab[rough.slice][inner if inner.any() else rough.image]
         colour = np.median(within, axis=0)
         name = _name(colour, COLOURS)
-        if name and (np.linalg.norm(within - _lab(COLOURS[name]), axis=1) > COLOUR_TOLERANCE).mean() > MIXED:
+        if name and _share_of_others(within, name) > MIXED:
             name = ""
         # Halfway to the object's own colour is where its edge is, whatever the two colours are.
         inside = rough.image & (off[rough.slice] > EDGE * np.linalg.norm(colour - ground))
@@ -140,6 +140,13 @@ def _name(lab: NDArray[Any], palette: dict[str, Rgb]) -> str:
     distances = {name: float(np.linalg.norm(lab - _lab(rgb))) for name, rgb in (COLOURS | BACKGROUNDS).items()}
     nearest = min(distances, key=lambda name: distances[name])
     return nearest if distances[nearest] <= COLOUR_TOLERANCE and nearest in palette else ""
+
+
+def _share_of_others(pixels: NDArray[Any], name: str) -> float:
+    """Of an object's pixels in Lab, (n, 3): how many have another colour of the palette. A blurred edge has none."""
+    distances = np.stack([np.linalg.norm(pixels - _lab(rgb), axis=1) for rgb in COLOURS.values()])
+    others = (distances.min(0) <= COLOUR_TOLERANCE) & (distances.argmin(0) != list(COLOURS).index(name))
+    return float(others.mean())
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from skimage.filters import gaussian
 
 from diffusion_fast import world
 from diffusion_fast.draw import arrange, draw
@@ -104,6 +105,14 @@ def test_what_is_no_scene_is_not_right() -> None:
     for picture in (noise, empty, half, smeared):
         assert not judge(picture, one(RED)).right
     assert judge(empty, one(RED)).reason == "no objects"
+
+
+def test_a_soft_edge_is_no_other_colour() -> None:
+    """A VAE blurs: over four pixels the object fades into the background."""
+    rings = [Scene(ground, (Thing("ring", "red", "large"),)) for ground in world.BACKGROUNDS]
+    for scene, sharp in zip(rings, pictures(rings, seed=8, noise=0.0), strict=True):
+        soft = gaussian(sharp, 1.2, channel_axis=2)
+        assert judge(soft, scene).reason == ""
 
 
 def test_an_object_has_its_place_and_its_size() -> None:
