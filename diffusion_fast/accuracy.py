@@ -34,9 +34,9 @@ def paint_and_judge(paint: Paint, prompts: Sequence[str], batch_size: int) -> li
 
     from diffusion_fast.judge import judge
 
-    painted = []
+    painted, numbered = [], list(enumerate(prompts))
     for start in range(0, len(prompts), batch_size):
-        wanted = list(enumerate(prompts))[start : start + batch_size]
+        wanted = numbered[start : start + batch_size]
         full = [*wanted, *[wanted[-1]] * (batch_size - len(wanted))]  # compiled models want equal shapes
         pictures = paint([prompt for _, prompt in full], [seed for seed, _ in full])
         for (seed, prompt), picture in zip(wanted, pictures, strict=False):

@@ -20,7 +20,7 @@ def build_pipeline(spec: RunSpec, tell: Callable[[str], None]) -> tuple[Build, d
     build = Build(MODELS[spec.model], spec)
     applied: dict[str, dict[str, Any]] = {}
     chosen = [OPTIMIZATIONS[name] for name in spec.optimizations]
-    _no_tf32()
+    no_tf32()
     for optimization in chosen:
         if optimization.stage == "load":
             applied[optimization.name] = optimization.apply(build)
@@ -78,7 +78,7 @@ def _paint(build: Build, prompts: str | list[str], images_per_prompt: int, gener
     return images
 
 
-def _no_tf32() -> None:
+def no_tf32() -> None:
     """cuDNN's default is on, and the baseline is plain fp32."""
     import torch
 

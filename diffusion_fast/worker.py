@@ -7,6 +7,7 @@ Standard output carries the progress line; everything else that libraries print 
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib
 import io
@@ -242,9 +243,7 @@ def _accuracy(build: Build, folder: Path) -> dict[str, float]:
 
     spec = build.spec
     prompts = world.held_out_prompts(spec.accuracy_prompts)
-    painted = accuracy.paint_and_judge(
-        lambda texts, seeds: call_for(build, texts, seeds), prompts, batch_size=spec.batch_size
-    )
+    painted = accuracy.paint_and_judge(functools.partial(call_for, build), prompts, batch_size=spec.batch_size)
     spool.write_json(folder / spool.PROMPTS, {"painted": [each.to_dict() for each in painted]})
     found = accuracy.Accuracy.of(painted)
     title = f"{spec.rung}: {found.right} of {found.prompts} held-out prompts right"

@@ -129,12 +129,10 @@ def parse(text: str) -> Scene | None:
 
 
 def _patterns() -> Iterator[re.Pattern[str]]:
-    def one_of(names: Iterator[str] | tuple[str, ...] | dict[str, Rgb]) -> str:
-        return "|".join(names)
-
+    one_of = "|".join
     phrases = one_of(phrase for several in PHRASES.values() for phrase in several)
     parts = {
-        which: rf"an? (?:(?P<size_{which}>{'|'.join(SIZES)}) )?"
+        which: rf"an? (?:(?P<size_{which}>{one_of(SIZES)}) )?"
         rf"(?P<colour_{which}>{one_of(COLOURS)}) (?P<shape_{which}>{one_of(SHAPES)})"
         for which in "ab"
     }

@@ -34,7 +34,7 @@ from diffusion_fast import accuracy, environment, spool, world
 from diffusion_fast.draw import Layout, arrange, draw
 from diffusion_fast.judge import judge
 from diffusion_fast.models import CHECKSUMS, MODELS
-from diffusion_fast.pipeline import byte_tokenizer
+from diffusion_fast.pipeline import byte_tokenizer, no_tf32
 
 TINY = MODELS["tiny"]
 GUIDANCES = (1.5, 2.0, 3.0, 5.0, 7.0)  # tried at the end: a model has one at which it paints best
@@ -286,8 +286,7 @@ def train_denoiser(
     if start:
         average.load_state_dict(checkpoint.stages["denoiser"]["average"])
 
-    every = torch.arange(plan.scenes, device=device)
-    latents = encode(pipe.vae, data, every)
+    latents = encode(pipe.vae, data, torch.arange(plan.scenes, device=device))
     mean, std = (
         torch.tensor(values, device=device).view(1, 4, 1, 1)
         for values in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std)
@@ -491,8 +490,7 @@ def train(plan: Plan, folder: Path) -> accuracy.Accuracy:
     save(pipe, folder / "model", training)
 
     # What is shipped is judged: the float16 weights, in fp32.
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
+    no_tf32()
     pipe = StableDiffusionXLPipeline.from_pretrained(folder / "model", dtype=torch.float32).to(device)
     for guidance in GUIDANCES:
         some = accuracy.Accuracy.of(paint(pipe, world.held_out_prompts(plan.sample_prompts), guidance))

@@ -95,18 +95,24 @@ def test_what_fails_at_the_prompts_costs_neither_measurement_nor_fidelity(
     assert result.problem == "painting 8 held-out prompts: RuntimeError: no more memory"
 
 
-def test_what_is_killed_at_the_prompts_leaves_everything_else(
-    prepared: tuple[RunSpec, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    spec, folder = prepared
-    monkeypatch.setattr(pipeline, "call_for", killed)
+def kept_when_killed(spec: RunSpec, folder: Path) -> Result:
+    """What a worker leaves that something in it kills."""
     with pytest.raises(KeyboardInterrupt):
         worker.measure_rung(spec, folder, Silent())  # type: ignore[arg-type]
     kept = spool.read_outcome(folder)
     assert isinstance(kept, Result)
+    return kept
+
+
+def killed(*_: Any) -> None:
+    raise KeyboardInterrupt  # like a kill, nothing in the worker catches it
+
+
+def test_what_is_killed_at_the_prompts_leaves_everything_else(
+    prepared: tuple[RunSpec, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "call_for", killed)
+    kept = kept_when_killed(*prepared)
     assert kept.phases == {"denoising_s": 0.2}
     assert kept.environment
     assert kept.problem == "the worker ended while painting 8 held-out prompts"
@@ -132,15 +138,8 @@ def test_what_fails_after_the_timed_calls_costs_no_measurement(
 def test_what_is_killed_after_the_timed_calls_leaves_its_measurement(
     prepared: tuple[RunSpec, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(build: Build) -> None:
-        raise KeyboardInterrupt  # like a kill, nothing in the worker catches it
-
-    spec, folder = prepared
     monkeypatch.setattr(worker, "_phases", killed)
-    with pytest.raises(KeyboardInterrupt):
-        worker.measure_rung(spec, folder, Silent())  # type: ignore[arg-type]
-    kept = spool.read_outcome(folder)
-    assert isinstance(kept, Result)
+    kept = kept_when_killed(*prepared)
     assert len(kept.samples_s) >= 10
     assert kept.problem == "the worker ended while splitting into phases"
 
