@@ -6,6 +6,9 @@ first compile it and those next in line, one each, into Triton's disk cache. The
 finds them there: the same candidates in the same order, each benchmarked alone, while no worker is busy.
 
 For the kernels to be found, all processes must have one TRITON_CACHE_DIR and one ptxas: launch.py sees to it.
+
+And what an earlier descent found, before a restart, isn't searched for again: Inductor means it so, and forgets it on
+the way from a worker.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ class Prefetch:
     """What was compiled ahead of the descent since it was installed. A failure here doesn't change what it chooses."""
 
     kernels: int = 0  # tuned, whether or not anything was compiled ahead for them
+    found: int = 0  # not tuned: an earlier descent's choice was in the cache
     candidates: int = 0  # given to the workers, who may compile some that the descent then never comes to
     failed: int = 0  # of these: not compiled, for instance because too large
     seconds: float = 0.0  # spent waiting for the workers
@@ -69,6 +73,29 @@ class Prefetch:
             self.failed += len(late)
             self._note(TimeoutError(f"{len(late)} of {len(futures)} candidates not compiled in {PATIENCE_S:g} s"))
             self.given_up = not done
+
+    def take_found(self, autotuner: Any) -> None:
+        """Mark the config that came back from a worker as found by a descent, where the autotuning cache says so.
+
+        In the worker it was taken from the cache and marked. triton.Config loses the mark when it is unpickled, and a
+        descent would start where an earlier one has ended. (In torch after 2.13 the mark survives:
+        https://github.com/pytorch/pytorch/pull/181292.)
+        """
+        from torch._inductor.runtime.runtime_utils import triton_config_to_hashable
+
+        cache = getattr(autotuner.save_cache_hook, "__self__", None)
+        if cache is None or len(autotuner.compile_results) != 1:
+            return
+        config = autotuner.compile_results[0].config
+        if not getattr(config, "found_by_coordesc", False):
+            best = cache.read_best(autotuner.inductor_meta, [config])
+            if not getattr(best, "found_by_coordesc", False):
+                return
+            if triton_config_to_hashable(best) != triton_config_to_hashable(config):
+                return
+            config.found_by_coordesc = True
+            self.found += 1
+        autotuner.inductor_meta["dynamic_scale_rblock"] = False  # adds a config that would then be tuned
 
     def _note(self, error: BaseException) -> None:
         # A worker's error holds a whole traceback, whose last line says what it was.
@@ -121,6 +148,7 @@ def parallel_coordinate_descent() -> Prefetch:
         from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 
         descend, compare = CachingAutotuner._coordinate_descent_tuning, CoordescTuner.compare_config
+        precompile = CachingAutotuner.precompile
     except (ImportError, AttributeError) as error:
         account.given_up = True
         account._note(error)
@@ -141,5 +169,14 @@ def parallel_coordinate_descent() -> Prefetch:
         finally:
             del tuner.compare_config  # the autotuner may yet be pickled, and closures can't be
 
+    @functools.wraps(precompile)
+    def precompile_found(autotuner: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            account.take_found(autotuner)
+        except Exception as error:  # then it is searched for again
+            account._note(error)
+        precompile(autotuner, *args, **kwargs)
+
     CachingAutotuner._coordinate_descent_tuning = descend_behind
+    CachingAutotuner.precompile = precompile_found
     return account

@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 from torch._inductor import async_compile
+from torch._inductor.runtime import autotune_cache
+from torch._inductor.runtime.autotune_cache import AutotuneCache
 from torch._inductor.runtime.coordinate_descent_tuner import CoordescTuner
 from torch._inductor.runtime.hints import HeuristicType
 from torch._inductor.runtime.runtime_utils import triton_config_to_hashable as key_of
@@ -27,6 +29,10 @@ class Config:
 
     def __init__(self, num_warps: int = 4, num_stages: int = 1, **kwargs: int):
         self.kwargs, self.num_warps, self.num_stages = kwargs, num_warps, num_stages
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """As triton.Config's: what else was set on it is gone."""
+        self.kwargs, self.num_warps, self.num_stages = state["kwargs"], state["num_warps"], state["num_stages"]
 
 
 KERNELS = {
@@ -104,7 +110,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setattr(async_compile.AsyncCompile, "use_process_pool", lambda: True)
         monkeypatch.setattr(async_compile.AsyncCompile, "process_pool", lambda: workers)
         monkeypatch.setattr(async_compile, "get_compile_threads", lambda: threads)
-        monkeypatch.setattr(CachingAutotuner, "_coordinate_descent_tuning", CachingAutotuner._coordinate_descent_tuning)
+        for part in ("_coordinate_descent_tuning", "precompile"):
+            monkeypatch.setattr(CachingAutotuner, part, getattr(CachingAutotuner, part))
         inductor.parallel_coordinate_descent.cache_clear()
         return inductor.parallel_coordinate_descent()
 
@@ -222,3 +229,70 @@ def test_the_job_compiles_a_config_of_the_kernel_in_a_file(tmp_path: Path, monke
         pickle.loads(pickle.dumps(functools.partial(job, Config(warps))))()
     assert [config.num_warps for config in inductor._kernel(str(source), "triton_fake").done] == [2, 4]
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path)
+
+
+BEST = Config(XBLOCK=64, num_warps=8)
+
+
+class Restarted(Autotuner):
+    """As it comes back from a worker, with one config compiled and the autotuning cache to save another in."""
+
+    def __init__(self, cache: AutotuneCache, config: Config):
+        super().__init__("pointwise")
+        self.inductor_meta = dict(META)
+        self.save_cache_hook = cache.save
+        self.compile_results = [types.SimpleNamespace(config=pickle.loads(pickle.dumps(config)))]
+        self.launchers, self._plugins = [], []  # type: ignore[assignment]
+        self.tuned = 0
+
+    def _precompile_worker(self) -> None: ...
+
+    def _make_launchers(self) -> None:
+        self.launchers = [types.SimpleNamespace(config=each.config) for each in self.compile_results]
+
+    def _dynamic_scale_rblock(self) -> None:
+        if self.inductor_meta.get("dynamic_scale_rblock", True):
+            self.compile_results.append(types.SimpleNamespace(config=Config(XBLOCK=1)))
+            self._make_launchers()
+
+
+META = {"coordinate_descent_tuning": True, "autotune_local_cache": True}
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AutotuneCache:
+    """Inductor's own, in a file."""
+    monkeypatch.setattr(autotune_cache, "Config", lambda kwargs, **more: Config(**kwargs, **more))
+    return AutotuneCache.create(META, str(tmp_path / "cabc.py"), "hash of the configs")
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_what_an_earlier_descent_found_is_taken(install: Any, cache: AutotuneCache, installed: bool) -> None:
+    """Not installed, it isn't: else this could go."""
+    account = install(Workers()) if installed else inductor.Prefetch()
+    cache.save(BEST, 0, found_by_coordesc=True)
+    autotuner = Restarted(cache, cache.read_best(META, []))
+    autotuner.precompile()
+    autotuner.precompile()
+    assert getattr(autotuner.compile_results[0].config, "found_by_coordesc", False) == installed
+    assert len(autotuner.compile_results) == (1 if installed else 3)
+    assert account.found == installed
+    assert account.error == ""
+
+
+@pytest.mark.parametrize("case", ["nothing saved", "not by a descent", "another config", "another kernel", "broken"])
+def test_what_no_descent_found_is_searched_for(
+    install: Any, cache: AutotuneCache, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    account = install(Workers())
+    if case != "nothing saved":
+        cache.save(BEST, 0, found_by_coordesc=case != "not by a descent")
+    if case == "another kernel":
+        cache.configs_hash = "hash of others"
+    if case == "broken":
+        monkeypatch.setattr(AutotuneCache, "read_best", lambda *_: 1 / 0)
+    autotuner = Restarted(cache, Config(XBLOCK=32) if case == "another config" else BEST)
+    autotuner.precompile()
+    assert not hasattr(autotuner.compile_results[0].config, "found_by_coordesc")
+    assert account.found == 0
+    assert bool(account.error) == (case == "broken")
