@@ -46,8 +46,8 @@ class Plan:
 
     seed: int = 0
     scenes: int = 200_000
-    vae_steps: int = 5_000
-    vae_batch: int = 128
+    vae_steps: int = 10_000
+    vae_batch: int = 64
     vae_rate: float = 1e-3
     kl_weight: float = 1e-6
     steps: int = 30_000
@@ -230,7 +230,7 @@ def train_vae(pipe: StableDiffusionXLPipeline, data: Data, plan: Plan, log: Log,
     """Teach the VAE to reproduce scenes, then have its latents centred and scaled to one by its config."""
     vae, device = pipe.vae, pipe.device.type
     generator = torch.Generator(device).manual_seed(plan.seed + 1)
-    optimizer = torch.optim.AdamW(vae.parameters(), plan.vae_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(vae.parameters(), plan.vae_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     start = restore(checkpoint, "vae", vae, optimizer, generator)
     vae.train().to(memory_format=torch.channels_last)
 
@@ -281,7 +281,9 @@ def train_denoiser(
     ).train()
     average = AveragedModel(learning, multi_avg_fn=get_ema_multi_avg_fn(plan.ema)).eval().requires_grad_(False)
     generator = torch.Generator(device).manual_seed(plan.seed + 2)
-    optimizer = torch.optim.AdamW(learning.parameters(), plan.rate, betas=(0.9, 0.99), weight_decay=plan.weight_decay)
+    optimizer = torch.optim.AdamW(
+        learning.parameters(), plan.rate, betas=(0.9, 0.99), weight_decay=plan.weight_decay, fused=True
+    )
     start = restore(checkpoint, "denoiser", learning, optimizer, generator)
     if start:
         average.load_state_dict(checkpoint.stages["denoiser"]["average"])
@@ -296,8 +298,11 @@ def train_denoiser(
     size = torch.tensor([world.CANVAS, world.CANVAS, 0, 0, world.CANVAS, world.CANVAS], device=device)
 
     def velocity_error(
-        clean: torch.Tensor, context: torch.Tensor, pooled: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor
+        clean: torch.Tensor, ids: torch.Tensor, said: torch.Tensor, timestep: torch.Tensor, noise: torch.Tensor
     ) -> torch.Tensor:
+        context, pooled = encode_text(learning["text_encoder"], learning["text_encoder_2"], ids)
+        # SDXL's pipeline takes zeros for what isn't said.
+        context, pooled = context * said[:, None, None], pooled * said[:, None]
         seen, wanted = noised(clean, noise, signal[timestep])
         velocity = learning["unet"](
             seen,
@@ -308,6 +313,8 @@ def train_denoiser(
         )[0]
         return functional.mse_loss(velocity.float(), wanted)
 
+    # The encoders hook their outputs at their first call, and that can't be traced.
+    encode_text(learning["text_encoder"], learning["text_encoder_2"], data.tokens[:1])
     # Launched one by one, the step's thousands of kernels would take longer than they run.
     error_of = torch.compile(velocity_error) if device == "cuda" else velocity_error
     begin = time.monotonic()
@@ -317,10 +324,7 @@ def train_denoiser(
         timestep = torch.randint(len(signal), (plan.batch,), generator=generator, device=device)
         noise = torch.randn(plan.batch, *latents.shape[1:], generator=generator, device=device)
         with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            context, pooled = encode_text(learning["text_encoder"], learning["text_encoder_2"], data.tokens[which])
-            # SDXL's pipeline takes zeros for what isn't said.
-            context, pooled = context * said[:, None, None], pooled * said[:, None]
-            loss = error_of(latents[which], context, pooled, timestep, noise)
+            loss = error_of(latents[which], data.tokens[which], said, timestep, noise)
         descend(optimizer, loss, rate(plan.rate, step, plan.steps, plan.warmup))
         average.update_parameters(learning)
         last = step == plan.steps - 1
