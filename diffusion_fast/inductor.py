@@ -7,8 +7,8 @@ finds them there: the same candidates in the same order, each benchmarked alone,
 
 For the kernels to be found, all processes must have one TRITON_CACHE_DIR and one ptxas: launch.py sees to it.
 
-And what an earlier descent found, before a restart, isn't searched for again: Inductor means it so, and forgets it on
-the way from a worker.
+And what a descent found before a restart isn't searched for again: Inductor means it so, and forgets it on the way from
+a worker.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Prefetch:
     """What was compiled ahead of the descent since it was installed. A failure here doesn't change what it chooses."""
 
     kernels: int = 0  # tuned, whether or not anything was compiled ahead for them
-    found: int = 0  # not tuned: an earlier descent's choice was in the cache
+    found: int = 0  # left as an earlier descent had found them, where Inductor would have searched again
     candidates: int = 0  # given to the workers, who may compile some that the descent then never comes to
     failed: int = 0  # of these: not compiled, for instance because too large
     seconds: float = 0.0  # spent waiting for the workers
@@ -75,23 +75,24 @@ class Prefetch:
             self.given_up = not done
 
     def take_found(self, autotuner: Any) -> None:
-        """Mark the config that came back from a worker as found by a descent, where the autotuning cache says so.
+        """Mark a kernel's only config as found by a descent, where Inductor's record of its tuning says so.
 
-        In the worker it was taken from the cache and marked. triton.Config loses the mark when it is unpickled, and a
-        descent would start where an earlier one has ended. (In torch after 2.13 the mark survives:
-        https://github.com/pytorch/pytorch/pull/181292.)
+        A worker takes the config from that record and marks it, but triton.Config loses the mark when it is unpickled,
+        and a descent would start where an earlier one has ended. (PyTorch mends that in a later version with another
+        mark: https://github.com/pytorch/pytorch/pull/181292. One thing is left to torch 2.13: when a graph is loaded
+        from its cache, 2.11 searches again for the kernels that had but one config to begin with.)
         """
-        from torch._inductor.runtime.runtime_utils import triton_config_to_hashable
-
         cache = getattr(autotuner.save_cache_hook, "__self__", None)
-        if cache is None or len(autotuner.compile_results) != 1:
+        configs = [result.config for result in autotuner.compile_results] or autotuner.configs or []
+        if cache is None or len(configs) != 1:
             return
-        config = autotuner.compile_results[0].config
+        (config,) = configs
         if not getattr(config, "found_by_coordesc", False):
-            best = cache.read_best(autotuner.inductor_meta, [config])
-            if not getattr(best, "found_by_coordesc", False):
-                return
-            if triton_config_to_hashable(best) != triton_config_to_hashable(config):
+            # Torch 2.13 writes found_by_coordesc before the descent, too, but with the hash of what it compiled.
+            sizes = config.kwargs | {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            told = {"configs_hash": cache.configs_hash, "found_by_coordesc": True, "triton_cache_hash": None}
+            record = cache._read() or {}
+            if any(record.get(name) != value for name, value in (sizes | told).items()):
                 return
             config.found_by_coordesc = True
             self.found += 1

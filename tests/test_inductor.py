@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 from torch._inductor import async_compile
-from torch._inductor.runtime import autotune_cache
 from torch._inductor.runtime.autotune_cache import AutotuneCache
 from torch._inductor.runtime.coordinate_descent_tuner import CoordescTuner
 from torch._inductor.runtime.hints import HeuristicType
@@ -211,13 +210,14 @@ def test_installing_twice_is_installing_once(install: Any) -> None:
     assert CachingAutotuner._coordinate_descent_tuning is installed
 
 
-def test_a_torch_without_these_parts_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(CachingAutotuner, "_coordinate_descent_tuning")
+@pytest.mark.parametrize("part", ["_coordinate_descent_tuning", "precompile"])
+def test_a_torch_without_these_parts_is_left_alone(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
+    monkeypatch.delattr(CachingAutotuner, part)
     inductor.parallel_coordinate_descent.cache_clear()
     account = inductor.parallel_coordinate_descent()
     inductor.parallel_coordinate_descent.cache_clear()
     assert account.given_up
-    assert "_coordinate_descent_tuning" in account.error
+    assert part in account.error
 
 
 def test_the_job_compiles_a_config_of_the_kernel_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,21 +231,18 @@ def test_the_job_compiles_a_config_of_the_kernel_in_a_file(tmp_path: Path, monke
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path)
 
 
-BEST = Config(XBLOCK=64, num_warps=8)
-
-
 class Restarted(Autotuner):
-    """As it comes back from a worker, with one config compiled and the autotuning cache to save another in."""
+    """As it comes back from a worker, with these configs compiled and Inductor's cache to save another in."""
 
-    def __init__(self, cache: AutotuneCache, config: Config):
+    def __init__(self, cache: AutotuneCache | None, *configs: Config):
         super().__init__("pointwise")
-        self.inductor_meta = dict(META)
-        self.save_cache_hook = cache.save
-        self.compile_results = [types.SimpleNamespace(config=pickle.loads(pickle.dumps(config)))]
-        self.launchers, self._plugins = [], []  # type: ignore[assignment]
-        self.tuned = 0
+        self.inductor_meta: dict[str, Any] = {}
+        self.save_cache_hook = pickle.loads(pickle.dumps(cache.save)) if cache else None
+        self.compile_results = [types.SimpleNamespace(config=each) for each in pickle.loads(pickle.dumps(configs))]
+        self.configs, self.launchers, self._plugins = None, [], []  # type: ignore[assignment]
 
-    def _precompile_worker(self) -> None: ...
+    def _precompile_worker(self) -> None:
+        self.compile_results = self.compile_results or [types.SimpleNamespace(config=each) for each in self.configs]
 
     def _make_launchers(self) -> None:
         self.launchers = [types.SimpleNamespace(config=each.config) for each in self.compile_results]
@@ -256,43 +253,58 @@ class Restarted(Autotuner):
             self._make_launchers()
 
 
-META = {"coordinate_descent_tuning": True, "autotune_local_cache": True}
-
-
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AutotuneCache:
+def cache(tmp_path: Path) -> AutotuneCache:
     """Inductor's own, in a file."""
-    monkeypatch.setattr(autotune_cache, "Config", lambda kwargs, **more: Config(**kwargs, **more))
-    return AutotuneCache.create(META, str(tmp_path / "cabc.py"), "hash of the configs")
+    return AutotuneCache.create({"autotune_local_cache": True}, str(tmp_path / "cabc.py"), "hash of the configs")
 
 
 @pytest.mark.parametrize("installed", [False, True])
 def test_what_an_earlier_descent_found_is_taken(install: Any, cache: AutotuneCache, installed: bool) -> None:
     """Not installed, it isn't: else this could go."""
     account = install(Workers()) if installed else inductor.Prefetch()
-    cache.save(BEST, 0, found_by_coordesc=True)
-    autotuner = Restarted(cache, cache.read_best(META, []))
-    autotuner.precompile()
-    autotuner.precompile()
-    assert getattr(autotuner.compile_results[0].config, "found_by_coordesc", False) == installed
-    assert len(autotuner.compile_results) == (1 if installed else 3)
-    assert account.found == installed
-    assert account.error == ""
+    best = Config(XBLOCK=64, num_warps=8)
+    cache.save(best, 0, found_by_coordesc=True)
+    best.found_by_coordesc = True  # type: ignore[attr-defined]  # what a worker does, and the pickle loses
+    autotuner = Restarted(cache, best)
+    for _ in range(2):
+        autotuner.precompile()
+    assert [hasattr(each.config, "found_by_coordesc") for each in autotuner.launchers] == (
+        [True] if installed else [False] * 3
+    )
+    assert (account.found, account.error) == (int(installed), "")
 
 
-@pytest.mark.parametrize("case", ["nothing saved", "not by a descent", "another config", "another kernel", "broken"])
+def test_what_was_marked_and_is_compiled_here_stays_the_only_one(install: Any, cache: AutotuneCache) -> None:
+    account = install(Workers())
+    autotuner = Restarted(cache)
+    best = Config(XBLOCK=64)
+    best.found_by_coordesc = True  # type: ignore[attr-defined]
+    autotuner.configs = [best]
+    autotuner.precompile()
+    assert [each.config for each in autotuner.launchers] == [best]
+    assert (account.found, account.error) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "case", ["nothing saved", "no cache", "tuned, not found", "another config", "another kernel", "several", "broken"]
+)
 def test_what_no_descent_found_is_searched_for(
     install: Any, cache: AutotuneCache, monkeypatch: pytest.MonkeyPatch, case: str
 ) -> None:
     account = install(Workers())
+    best = Config(XBLOCK=64, num_warps=8)
     if case != "nothing saved":
-        cache.save(BEST, 0, found_by_coordesc=case != "not by a descent")
+        compiled = "hash of what was compiled" if case == "tuned, not found" else None
+        cache.save(best, 0, found_by_coordesc=True, triton_cache_hash=compiled)
     if case == "another kernel":
         cache.configs_hash = "hash of others"
     if case == "broken":
-        monkeypatch.setattr(AutotuneCache, "read_best", lambda *_: 1 / 0)
-    autotuner = Restarted(cache, Config(XBLOCK=32) if case == "another config" else BEST)
+        monkeypatch.setattr(AutotuneCache, "_read", lambda *_: 1 / 0)
+    configs = {"another config": [Config(XBLOCK=32)], "several": [best, Config(XBLOCK=32)]}.get(case, [best])
+    autotuner = Restarted(None if case == "no cache" else cache, *configs)
     autotuner.precompile()
-    assert not hasattr(autotuner.compile_results[0].config, "found_by_coordesc")
+    assert not any(hasattr(each.config, "found_by_coordesc") for each in autotuner.launchers)
+    assert len(autotuner.launchers) == len(configs) + 1  # with what Inductor adds
     assert account.found == 0
     assert bool(account.error) == (case == "broken")

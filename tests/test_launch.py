@@ -1,5 +1,6 @@
 """A worker's end is always an outcome, whatever the end was."""
 
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -53,20 +54,23 @@ def test_a_worker_that_takes_too_long_is_ended_with_its_children(
     assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
-def test_ending_the_parent_ends_the_worker(tmp_path: Path) -> None:
-    """As `timeout` and schedulers do it, with SIGTERM."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ending_the_parent_ends_the_worker(tmp_path: Path, number: signal.Signals) -> None:
+    """`timeout` and schedulers end it with SIGTERM, and with SIGKILL in the end."""
     command = (sys.executable, "-m", "diffusion_fast", "run", "--no-track", "--spool", str(tmp_path / "spool"))
     parent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert parent.stdout is not None
     while "importing" not in parent.stdout.readline():
         assert parent.poll() is None
     workers = psutil.Process(parent.pid).children()
-    parent.terminate()
-    _, said = parent.communicate(timeout=60)
-    assert parent.returncode == 130
-    assert "--resume goes on" in said
     assert workers
-    assert not any(worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE for worker in workers)
+    parent.send_signal(number)
+    _, left = psutil.wait_procs(workers, timeout=2)  # it has hardly begun to import
+    assert all(worker.status() == psutil.STATUS_ZOMBIE for worker in left)  # in a container that has no init
+    _, said = parent.communicate(timeout=60)
+    if number == signal.SIGTERM:
+        assert parent.returncode == 130
+        assert "--resume goes on" in said
 
 
 def test_a_worker_that_leaves_without_a_word_is_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
