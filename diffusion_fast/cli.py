@@ -24,6 +24,8 @@ from diffusion_fast.optimizations import OPTIMIZATIONS
 from diffusion_fast.recipes import LADDERS
 from diffusion_fast.spec import Recipe
 
+UNTIL_ROUNDS = 5  # planned by --until at least: of fewer, the spread is so ill known that many would be added
+
 
 class Auto(click.ParamType[Any]):
     """A number, or "auto" for what the model suggests: MLproject parameters can't be left out."""
@@ -35,6 +37,23 @@ class Auto(click.ParamType[Any]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         return None if value in ("auto", None) else self.number.convert(value, param, ctx)
+
+
+class Percentage(click.ParamType[Any]):
+    """ "2%" → 0.02; nothing → None, for MLproject."""
+
+    name = "percentage"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value in ("", None) or isinstance(value, float):
+            return value or None
+        try:
+            number = float(value.removesuffix("%")) / 100
+        except ValueError:
+            number = 0.0
+        if not (value.endswith("%") and 0 < number < 1):
+            self.fail(f"{value!r} is not a percentage such as 2%.", param, ctx)
+        return number
 
 
 @contextmanager
@@ -75,6 +94,13 @@ measuring = options(
         type=Auto(click.INT),
         default="auto",
         help="Held-out prompts that tiny paints for the judge. [default: 8]",
+    ),
+    click.option(
+        "--rounds",
+        type=click.IntRange(1, 1000),
+        default=1,
+        show_default=True,
+        help="How often everything is measured, each time in a new process.",
     ),
     click.option("--tag", default="", help="A word of your own on every run."),
     click.option("--timeout", type=click.IntRange(1), default=3600, show_default=True, help="Seconds a rung may take."),
@@ -154,6 +180,13 @@ def list_(as_json: bool) -> None:
 @main.command()
 @click.option("--ladder", "name", default="progressive", show_default=True, help="See `diffusion-fast list`.")
 @click.option("--only", default="", metavar="RUNG,RUNG", help="Measure these rungs alone.")
+@click.option(
+    "--until",
+    type=Percentage(),
+    metavar="2%",
+    help="Add rounds till the 95% intervals of speed-ups reach no further; at least 5.",
+)
+@click.option("--max-rounds", type=click.IntRange(1, 1000), default=20, show_default=True, help="The most for --until.")
 @measuring
 @tracked
 def ladder(name: str, only: str, device: str, **chosen: Any) -> None:
@@ -205,8 +238,11 @@ def _measure(
     cache_dir: Path | None,
     resume: bool,
     no_track: bool,
+    rounds: int,
     experiment: str | None,
     tracking_uri: str | None,
+    until: float | None = None,
+    max_rounds: int = 1,
     **settings: Any,
 ) -> None:
     with ExitStack() as held:
@@ -235,7 +271,8 @@ def _measure(
                 raise ValueError(f"--spool {root} can't be written to: {error}.") from error
             held.enter_context(spool.alone(folder))
         recorder = None if no_track else console.Recorder(folder, experiment, tracking_uri)
-        console.climb(folder, only, timeout, cache_dir, recorder)
+        first = rounds if until is None else max(rounds, UNTIL_ROUNDS)
+        console.climb(folder, only, timeout, cache_dir, recorder, console.Rounds(first, until, max(max_rounds, first)))
 
 
 @main.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -27,25 +28,39 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def climb(
-    folder: Path, only: tuple[str, ...], timeout: float, cache_dir: Path | None, recorder: Recorder | None
+    folder: Path,
+    only: tuple[str, ...],
+    timeout: float,
+    cache_dir: Path | None,
+    recorder: Recorder | None,
+    rounds: Rounds,
 ) -> None:
     """Measure what is missing of a ladder, or of `only`, and show what came of it. Exits with 1 or 130 on failures."""
     current = spool.read_ladder(folder)
-    todo = climbing.missing(folder, only)
-    click.echo(f"{folder}: {len(todo)} of {len(current.rungs)} rungs to measure")
+    todo = climbing.missing(folder, only, rounds=rounds.planned, planned=rounds.planned)
+    in_rounds = f" in {rounds.planned} rounds" if rounds.planned > 1 else ""
+    click.echo(f"{folder}: {len(todo)} of {len(current.rungs) * rounds.planned} rungs to measure{in_rounds}")
     for note in current.notes:
         click.echo(f"  {note}")
-    # Schedulers and `timeout` end a process by SIGTERM, which must not leave a worker behind on the GPU.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        outcomes = climbing.climb(
+
+    def measure(specs: list[RunSpec]) -> list[Outcome]:
+        return climbing.climb(
             folder,
-            todo,
+            specs,
             timeout_s=timeout,
             shared_cache=cache_dir,
             on_start=_started,
             on_end=lambda spec, outcome: _ended(spec, outcome, recorder),
         )
+
+    # Schedulers and `timeout` end a process by SIGTERM, which must not leave a worker behind on the GPU.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        outcomes = measure(todo)
+        if rounds.until is not None:
+            failed_rungs = {outcome.spec.rung for outcome in outcomes if isinstance(outcome, Failure)}
+            more = climbing.missing(folder, only, rounds=_enough(folder, rounds), planned=rounds.planned)
+            outcomes += measure([spec for spec in more if spec.rung not in failed_rungs])
     except KeyboardInterrupt:
         if recorder is not None:
             recorder.finish(interrupted=True)
@@ -62,6 +77,33 @@ def climb(
     if failed:
         logs = ", ".join(str(spool.run_folder(folder, failure.spec) / spool.LOG) for failure in failed)
         fail(f"{len(failed)} of {len(outcomes)} measurements failed; their logs: {logs}", 1)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How often a ladder is measured: `planned` times, and more until intervals reach no further than `until`."""
+
+    planned: int = 1
+    until: float | None = None  # 0.02: 2%
+    most: int = 1
+
+
+def _enough(folder: Path, rounds: Rounds) -> int:
+    """The rounds that `until` takes, by what the planned ones say, but not more than `most`."""
+    from diffusion_fast import report, stats
+
+    assert rounds.until is not None
+    needed = {
+        rung: stats.rounds_needed(ratios, rounds.planned, rounds.until)
+        for rung, ratios in report.log_ratios(report.measurements(folder)).items()
+        if len(set(ratios.values())) > 1  # the first rung's are all nought
+    }
+    if not needed:
+        return rounds.planned
+    rung = max(needed, key=lambda name: needed[name])
+    click.echo(f"{needed[rung]} rounds bring the interval of {rung} within {rounds.until:.3g}", nl=False)
+    click.echo(f": --max-rounds stops it at {rounds.most}" if needed[rung] > rounds.most else "")
+    return min(needed[rung], rounds.most)
 
 
 class Recorder:
@@ -101,7 +143,8 @@ class Recorder:
 
 
 def _started(spec: RunSpec) -> None:
-    click.echo(f"{spec.rung}{'' if spec.attempt == 1 else f', attempt {spec.attempt}'}")
+    more = {"round": spec.round, "attempt": spec.attempt}
+    click.echo(", ".join([spec.rung, *(f"{what} {number}" for what, number in more.items() if number > 1)]))
 
 
 def _ended(spec: RunSpec, outcome: Outcome | None, recorder: Recorder | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from diffusion_fast import spool
 from diffusion_fast.launch import launch
 from diffusion_fast.plan import lookup
-from diffusion_fast.spec import Ladder, Outcome, Result, RunSpec
+from diffusion_fast.spec import Failure, Ladder, Outcome, Result, RunSpec
 
 
 def climb(
@@ -21,30 +21,44 @@ def climb(
     on_start: Callable[[RunSpec], None],
     on_end: Callable[[RunSpec, Outcome | None], None],
 ) -> list[Outcome]:
-    """Measure `todo` and return the outcomes, the reference's failure among them if it has one."""
+    """Measure `todo` and return the outcomes, the reference's failure among them if it has one.
+
+    A rung that fails is left alone in the rounds that follow: it would most likely fail again, and take its time.
+    """
     found: list[Outcome] = []
+    failed: set[str] = set()
     specs = list(todo)
     if specs and not spool.reference_file(folder).is_file():
         specs.insert(0, spool.read_ladder(folder).reference)
     for spec in specs:
+        if spec.rung in failed:
+            continue
         on_start(spec)
         outcome = launch(spec, folder, timeout_s, shared_cache)
         if outcome is not None:
             found.append(outcome)
+        if isinstance(outcome, Failure):
+            failed.add(spec.rung)
         on_end(spec, outcome)
     return found
 
 
-def missing(folder: Path, only: tuple[str, ...] = ()) -> list[RunSpec]:
-    """The rungs without a result, or those of them named, each as its next attempt. ValueError for a wrong name."""
+def missing(folder: Path, only: tuple[str, ...] = (), *, rounds: int = 1, planned: int = 1) -> list[RunSpec]:
+    """What of `rounds` has no result, or the rungs of it that are named, each as its next attempt.
+
+    Every other round goes through the rungs backwards, so that a machine that gets slower or faster favours none.
+    ValueError for a wrong name.
+    """
     ladder = spool.read_ladder(folder)
     last = spool.last_outcomes(folder)
     wanted = {resolve(ladder, name) for name in only}
-    return [
-        replace(spec, attempt=spool.next_attempt(folder, spec))
-        for spec in ladder.rungs
-        if (not wanted or spec.rung in wanted) and not isinstance(last.get(spec.rung), Result)
+    todo = [
+        replace(spec, round=number, planned_rounds=planned)
+        for number in range(1, rounds + 1)
+        for spec in (ladder.rungs if number % 2 else reversed(ladder.rungs))
+        if (not wanted or spec.rung in wanted) and not isinstance(last.get((spec.rung, number)), Result)
     ]
+    return [replace(spec, attempt=spool.next_attempt(folder, spec)) for spec in todo]
 
 
 def resolve(ladder: Ladder, name: str) -> str:

@@ -1,12 +1,14 @@
-"""Rows of rungs → table, CSV, plot and markdown."""
+"""Rows of measurements → one row a rung → table, CSV, plot and markdown."""
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_fast import rows, spool
+from diffusion_fast import rows, spool, stats
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,21 +27,78 @@ COLUMNS = (
     ("load_s", "load s", "{:.1f}"),
     ("first_call_s", "first call s", "{:.1f}"),
     ("cache_state", "cache", "{}"),
+    ("first_call_warm_s", "warm s", "{:.1f}"),
     ("psnr_db", "PSNR dB", "{:.1f}"),
     ("ssim", "SSIM", "{:.4f}"),
     ("prompt_accuracy", "prompts right", "{:.1%}"),
+    ("rounds", "rounds", "{:g}"),
 )
-OPTIONAL = ("prompt_accuracy",)  # shown where a rung has it
+OPTIONAL = ("prompt_accuracy", "first_call_warm_s", "rounds")  # shown where a rung has it
 MILLISECONDS = ("denoising_step_s", "vae_decode_s")
+NO_DIFFERENCE = "no difference seen"
 
 
 def from_spool(folder: Path) -> pd.DataFrame:
-    """One row a rung of a ladder's folder: its last result, or its last failure where it never had one."""
+    """One row a rung of a ladder's folder: of its results, or its last failure where it never had one."""
+    return summarize(measurements(folder))
+
+
+def measurements(folder: Path) -> pd.DataFrame:
+    """One row a rung and round of a ladder's folder: its last result, or its last failure where it never had one."""
     import pandas as pd
 
     last = spool.last_outcomes(folder)
-    base = spool.speedup_base(spool.read_ladder(folder), last)
-    return pd.DataFrame([rows.row(outcome, base) for outcome in last.values()])
+    bases = spool.speedup_bases(spool.read_ladder(folder), last)
+    return pd.DataFrame([rows.row(outcome, bases.get(number)) for (_, number), outcome in last.items()])
+
+
+def summarize(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows of one ladder's measurements, one a rung and round, as one row a rung.
+
+    Over several rounds a figure is the median of the rounds' figures, and a speed-up has an interval. The first call is
+    that of the first round, whose compile cache was cold; `first_call_warm_s` is of the later ones.
+    """
+    import pandas as pd
+
+    if not len(frame) or frame["rung"].is_unique:
+        return frame
+    ratios = log_ratios(frame)
+    by_rung: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(_records(frame), key=lambda row: (row["rung"], row["round"])):
+        by_rung.setdefault(row["rung"], []).append(row)
+    return pd.DataFrame([_one_row(each, ratios.get(rung, {})) for rung, each in by_rung.items()])
+
+
+def _one_row(rounds: list[dict[str, Any]], ratios: dict[int, float]) -> dict[str, Any]:
+    """A rung's rounds, in their order, as one row."""
+    measured = [row for row in rounds if row["status"] == "FINISHED"]
+    if len(rounds) == 1 or not measured:
+        return rounds[-1]
+    found = measured[0] | {"rounds": len(measured), "failed_rounds": len(rounds) - len(measured)}
+    for name in (*rows.METRICS, "first_call_warm_s"):
+        values = [row[name] for row in measured if name in row]
+        if values and name != "first_call_s":
+            found[name] = statistics.median(values)
+    found |= {name: all(row[name] for row in measured if name in row) for name in rows.FLAGS}
+    found["problem"] = "; ".join(dict.fromkeys(row["problem"] for row in measured if row.get("problem")))
+    if ratios:
+        judged = stats.speedup(ratios, max(row["planned_rounds"] for row in measured))
+        found |= {"speedup": judged.ratio, "speedup_base": next(row["speedup_base"] for row in measured)}
+        if judged.low is not None:
+            found |= {"speedup_low": judged.low, "speedup_high": judged.high}
+    return found
+
+
+def log_ratios(frame: pd.DataFrame) -> dict[str, dict[int, float]]:
+    """By rung and round the logarithm of how many times faster it was than the first rung in the same round."""
+    measured = [row for row in _records(frame) if row["status"] == "FINISHED"]
+    latencies = {(row["rung"], row["round"]): row["latency_median_s"] for row in measured}
+    found: dict[str, dict[int, float]] = {}
+    for row in measured:
+        base = latencies.get((row.get("speedup_base"), row["round"]))
+        if base is not None:
+            found.setdefault(row["rung"], {})[row["round"]] = math.log(base / row["latency_median_s"])
+    return found
 
 
 def one_ladder(frame: pd.DataFrame, ladder_id: str | None = None) -> pd.DataFrame:
@@ -49,8 +108,8 @@ def one_ladder(frame: pd.DataFrame, ladder_id: str | None = None) -> pd.DataFram
         raise ValueError(f"There is no ladder {ladder_id or ''} here; known are: {', '.join(known) or 'none'}.")
     rungs = frame[(frame["ladder_id"] == (ladder_id or known[-1])) & frame["status"].isin(["FAILED", "FINISHED"])]
     # Of several attempts the last one that finished counts: "FINISHED" sorts after "FAILED".
-    ordered = rungs.sort_values(["rung", "status", "round", "attempt"])
-    return ordered.drop_duplicates("rung", keep="last").reset_index(drop=True)
+    ordered = rungs.sort_values(["rung", "round", "status", "attempt"])
+    return summarize(ordered.drop_duplicates(["rung", "round"], keep="last").reset_index(drop=True))
 
 
 def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -76,6 +135,10 @@ def cells(row: dict[str, Any], columns: Sequence[tuple[str, str, str]]) -> list[
         value = row.get(column)
         if value is None:
             texts.append("∞" if column == "psnr_db" and row.get("identical_to_reference") is True else "")
+        elif column == "speedup" and "speedup_low" in row and row["rung"] != row["speedup_base"]:
+            interval = f"{row['speedup_low']:.2f}–{row['speedup_high']:.2f}"
+            seen = f", {NO_DIFFERENCE}" if row["speedup_low"] <= 1 <= row["speedup_high"] else ""
+            texts.append(f"{form.format(value)} ({interval}){seen}")
         else:
             texts.append(form.format(value * 1000 if column in MILLISECONDS else value))
     return texts
@@ -95,19 +158,29 @@ def table(frame: pd.DataFrame) -> Table:
     return made
 
 
+def figures(frame: pd.DataFrame) -> dict[str, float]:
+    """What all rounds say of each rung: "speedup/03-compile" and so on."""
+    names = ("latency_median_s", "speedup", "speedup_low", "speedup_high")
+    return {f"{name}/{row['rung']}": row[name] for name in names for row in _records(frame) if name in row}
+
+
 def caption(frame: pd.DataFrame) -> str:
     """What all rungs of the table share, in one line."""
     first = frame.iloc[0]
     return (
         f"{first['model']} ({first['weights']} weights), {first['height']}×{first['width']}, {first['steps']} steps, "
         f"batch {first['batch_size']}, {first['device_name'] or first['device']}; "
-        f"speed-ups against {_base(frame)}; PSNR and SSIM against fp32 in eager mode"
+        f"speed-ups against {_base(frame)}{_intervals(frame)}; PSNR and SSIM against fp32 in eager mode"
     )
 
 
 def _base(frame: pd.DataFrame) -> str:
     named = [base for base in frame.get("speedup_base", ()) if base and base == base]
     return named[0] if named else "a first rung that isn't there yet"
+
+
+def _intervals(frame: pd.DataFrame) -> str:
+    return ", within rounds, with 95% intervals" if "speedup_low" in frame else ""
 
 
 def warnings(frame: pd.DataFrame) -> list[str]:
@@ -118,6 +191,8 @@ def warnings(frame: pd.DataFrame) -> list[str]:
             found.append(f"{row['rung']} was still getting faster or slower by more than 5% when it was measured")
         if row.get("image_repeats") is False:
             found.append(f"{row['rung']} made different images from the same seed")
+        if failed := row.get("failed_rounds"):
+            found.append(f"{row['rung']} failed in {failed:g} of its {failed + row['rounds']:g} rounds")
         if row.get("problem"):
             found.append(f"{row['rung']}: {row['problem']}")
     return found

@@ -9,7 +9,7 @@ from typing import Any
 from diffusion_fast.spec import Failure, Outcome, Result
 
 # MLflow keeps parameters and tags as strings: these are the columns that come back as numbers.
-INTEGERS = ("steps", "batch_size", "height", "width", "seed", "round", "attempt")
+INTEGERS = ("steps", "batch_size", "height", "width", "seed", "round", "planned_rounds", "attempt")
 FLOATS = ("guidance_scale",)
 FLAGS = ("warmed_up", "image_repeats", "identical_to_reference")
 METRICS = (
@@ -64,7 +64,7 @@ def parameters(outcome: Outcome) -> dict[str, Any]:
 
 
 def metrics(outcome: Outcome, base: Result | None) -> dict[str, float]:
-    """What was measured. `speedup` is against `base`, the ladder's first rung."""
+    """What was measured. `speedup` is against `base`, the ladder's first rung in the same round."""
     if isinstance(outcome, Failure):
         return {"elapsed_s": outcome.elapsed_s}
     found = {
@@ -106,6 +106,7 @@ def labels(outcome: Outcome, base: Result | None) -> dict[str, str]:
         "ladder_id": spec.ladder_id,
         "rung": spec.rung,
         "round": str(spec.round),
+        "planned_rounds": str(spec.planned_rounds),
         "attempt": str(spec.attempt),
         "measurement_id": spec.measurement_id,
         "conditions": spec.conditions,

@@ -84,6 +84,7 @@ class RunSpec(_Json):
     ladder_id: str
     rung: str  # "03-compile"
     round: int = 1
+    planned_rounds: int = 1  # that were decided on before any was measured; later ones are there because of these
     attempt: int = 1
     role: Literal["rung", "reference"] = "rung"
 
@@ -110,7 +111,7 @@ class RunSpec(_Json):
     @property
     def conditions(self) -> str:
         """A hash that equal measurements share, whatever they are called."""
-        labels = {"ladder_id", "rung", "round", "attempt", "recipe", "tag"}
+        labels = {"ladder_id", "rung", "round", "planned_rounds", "attempt", "recipe", "tag"}
         facts = {key: value for key, value in self.to_dict().items() if key not in labels}
         facts["optimizations"] = sorted(facts["optimizations"])
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]

@@ -140,19 +140,22 @@ def _attempts(ladder_folder: Path, rung: str) -> Iterator[tuple[tuple[int, int],
             yield (int(name[1]), int(name[2])), path
 
 
-def last_outcomes(ladder_folder: Path) -> dict[str, Outcome]:
-    """One outcome a rung: its last result, or its last failure where it never had one."""
-    last: dict[str, Outcome] = {}
+def last_outcomes(ladder_folder: Path) -> dict[tuple[str, int], Outcome]:
+    """One outcome a rung and round: its last result, or its last failure where it never had one."""
+    last: dict[tuple[str, int], Outcome] = {}
     for _, outcome in outcomes(ladder_folder):
-        if isinstance(outcome, Result) or not isinstance(last.get(outcome.spec.rung), Result):
-            last[outcome.spec.rung] = outcome
+        key = outcome.spec.rung, outcome.spec.round
+        if isinstance(outcome, Result) or not isinstance(last.get(key), Result):
+            last[key] = outcome
     return last
 
 
-def speedup_base(ladder: Ladder, last: dict[str, Outcome]) -> Result | None:
-    """The result of the ladder's first rung, which the others' speed-ups are against; None while there is none."""
-    first = last.get(ladder.rungs[0].rung)
-    return first if isinstance(first, Result) else None
+def speedup_bases(ladder: Ladder, last: dict[tuple[str, int], Outcome]) -> dict[int, Result]:
+    """By round the result of the ladder's first rung, which the others' speed-ups are against; none where it failed."""
+    first = ladder.rungs[0].rung
+    return {
+        number: outcome for (rung, number), outcome in last.items() if rung == first and isinstance(outcome, Result)
+    }
 
 
 def next_attempt(ladder_folder: Path, spec: RunSpec) -> int:

@@ -87,10 +87,10 @@ def _record(client: MlflowClient, folder: Path, experiment: str | None, parent_r
     experiment_id = parent.info.experiment_id
     search_filter = f"tags.kind = 'rung' and tags.ladder_id = '{ladder.id}'"
     known = {run.data.tags["measurement_id"]: run for run in _search(client, experiment_id, search_filter)}
-    base = spool.speedup_base(ladder, spool.last_outcomes(folder))
+    bases = spool.speedup_bases(ladder, spool.last_outcomes(folder))
     for run_folder, outcome in spool.outcomes(folder):
         run = known.get(outcome.spec.measurement_id)
-        _record_rung(client, parent, run, run_folder, outcome, base)
+        _record_rung(client, parent, run, run_folder, outcome, bases.get(outcome.spec.round))
 
     if view.TAG + ladder.id not in client.get_experiment(experiment_id).tags:
         saved = view.encode(view.view_state(search_filter), name=ladder.id, now_ms=int(time.time() * 1000))
@@ -148,7 +148,8 @@ def _record_rung(
         # The tag is what `nested=True` would set, which works in the process of the parent run only.
         color = COLORS[int(outcome.spec.rung.partition("-")[0]) % len(COLORS)]
         tags = {"mlflow.parentRunId": parent.info.run_id, "mlflow.runColor": color} | rows.labels(outcome, base)
-        run = client.create_run(parent.info.experiment_id, finished_ms, tags, outcome.spec.rung)
+        name = outcome.spec.rung + (f" r{outcome.spec.round}" if outcome.spec.round > 1 else "")
+        run = client.create_run(parent.info.experiment_id, finished_ms, tags, name)
     has = run.data
     metrics = {key: value for key, value in rows.metrics(outcome, base).items() if key not in has.metrics}
     entries = [Metric(key, value, finished_ms, 0) for key, value in metrics.items()]
@@ -215,7 +216,9 @@ def _end(client: MlflowClient, run_id: str, status: str) -> None:
 
 
 def _summarize(client: MlflowClient, folder: Path, run_id: str) -> None:
-    """Put the table, the plot and the images on the ladder's own run."""
+    """Put the table, the plot, the images and what the rounds say together on the ladder's own run."""
+    from mlflow.entities import Metric
+
     run = client.get_run(run_id)
     frame = report.from_spool(folder)
     if not len(frame):
@@ -229,8 +232,12 @@ def _summarize(client: MlflowClient, folder: Path, run_id: str) -> None:
     images = "".join(
         f"\n**{child.info.run_name}**\n\n![{child.info.run_name}](get-artifact?path=image.jpg&run_uuid={child.info.run_id})\n"
         for child in sorted(children, key=lambda child: str(child.info.run_name))
-        if child.info.status == "FINISHED"
+        if child.info.status == "FINISHED" and child.data.tags["round"] == "1"
     )
+    figures = {key: value for key, value in report.figures(frame).items() if run.data.metrics.get(key) != value}
+    if figures:
+        now_ms = int(time.time() * 1000)
+        client.log_batch(run_id, metrics=[Metric(key, value, now_ms, 0) for key, value in figures.items()])
     note = f"{summary}{images}"
     if run.data.tags.get("mlflow.note.content") != note:
         with tempfile.TemporaryDirectory() as made:

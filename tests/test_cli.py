@@ -1,6 +1,7 @@
 """Commands, their exit codes and what they say. Measurements are pretended here."""
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,53 @@ def test_only_measures_the_named_rungs_and_later_the_others(pretended: list[str]
     assert "2 of 6 rungs to measure" in done.output
     rest = invoke("ladder", "--no-track", "--resume")
     assert "4 of 6 rungs to measure" in rest.output
+
+
+def test_rounds_are_measured_and_go_on(pretended: list[str], tmp_path: Path) -> None:
+    pretended.append("sdpa")
+    done = invoke("ladder", "--no-track", "--ladder", "cpu", "--rounds", "2")
+    assert (done.exit_code, "6 of 6 rungs to measure in 2 rounds" in done.output) == (1, True)
+    said = [line for line in done.output.splitlines() if line.startswith("0")]
+    assert said == ["00-sdpa", "01-compile", "02-fused-qkv", "02-fused-qkv, round 2", "01-compile, round 2"]
+    assert "1 of 5 measurements failed" in done.output  # not tried again in the second round
+    pretended.clear()
+    done = invoke("ladder", "--no-track", "--ladder", "cpu", "--rounds", "3", "--resume")
+    assert (done.exit_code, "5 of 9 rungs to measure in 3 rounds" in done.output) == (0, True)
+
+
+@pytest.mark.parametrize(("spread", "most", "rounds"), [(0.0, 20, 5), (0.03, 20, 12), (0.03, 7, 7), (0.05, 20, 20)])
+def test_until_adds_the_rounds_that_it_takes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pretended: list[str], spread: float, most: int, rounds: int
+) -> None:
+    noise = dict(zip(range(1, 6), (-1.0, 0.2, 1.1, -0.6, 0.3), strict=True))
+
+    def launch(spec: RunSpec, folder: Path, timeout_s: float, shared_cache: Path | None) -> Outcome | None:
+        if spec.role == "reference":
+            return None
+        off = noise.get(spec.round, 0.0) * spread if spec.recipe == "b" else 0.0
+        outcome = result(spec, math.exp(off))
+        keep(folder, outcome)
+        return outcome
+
+    monkeypatch.setattr(climbing, "launch", launch)
+    done = invoke("ladder", "--no-track", "--ladder", "aa", "--until", "2%", "--max-rounds", str(most))
+    assert done.exit_code == 0
+    (folder,) = spool.find_ladders(tmp_path / "spool")
+    measured = {(outcome.spec.round, outcome.spec.planned_rounds) for _, outcome in spool.outcomes(folder)}
+    assert measured == {(number, 5) for number in range(1, rounds + 1)}
+    assert (f"--max-rounds stops it at {most}" in done.output) == (rounds == most)
+    if 5 < rounds < most:
+        assert f"{rounds} rounds bring the interval of 01-b within 0.02\n" in done.output
+        assert done.output.count("no difference seen") == 1
+    again = invoke("ladder", "--no-track", "--ladder", "aa", "--until", "2%", "--max-rounds", str(most), "--resume")
+    assert "0 of 10 rungs to measure in 5 rounds" in again.output
+    assert len(list(spool.outcomes(folder))) == 2 * rounds
+
+
+@pytest.mark.parametrize("wrong", ["2", "0%", "two%", "200%"])
+def test_until_is_a_percentage(wrong: str) -> None:
+    done = invoke("ladder", "--until", wrong)
+    assert (done.exit_code, "is not a percentage such as 2%" in done.output) == (2, True)
 
 
 def test_run_measures_a_recipe_of_ones_own(pretended: list[str], tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_compiling_left_its_proof_and_a_cold_cache(store: tuple[Path, str], fram
     from diffusion_fast.spec import Result
 
     (folder,) = spool.find_ladders(store[0] / "spool")
-    outcome = spool.last_outcomes(folder)["05-int8-dynamic"]
+    outcome = spool.last_outcomes(folder)["05-int8-dynamic", 1]
     assert isinstance(outcome, Result)
     assert outcome.cache_state == "cold"
     assert outcome.applied["compile"]["graphs"] >= 2

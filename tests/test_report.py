@@ -1,14 +1,18 @@
 """Rows become a table, a CSV and a plot."""
 
 import csv
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from PIL import Image
+from scipy.stats import ttest_1samp
 
-from diffusion_fast import report
+from diffusion_fast import report, spool, stats
+from tests.conftest import failure, keep, planned, result
 
 SEED_COLUMNS = [
     "pipeline_cls",
@@ -83,6 +87,69 @@ def test_the_csv_has_the_seeds_columns_first(climbed: Callable[..., Path], tmp_p
 def test_a_plot_of_failures_alone_is_empty_but_there(climbed: Callable[..., Path], tmp_path: Path) -> None:
     report.plot(report.from_spool(climbed((None,))), tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 0
+
+
+def in_rounds(folder: Path, seconds: dict[str, list[float | None]], planned_rounds: int = 3) -> Path:
+    """A spooled ladder whose rungs took the given seconds in each round; None is a failure."""
+    ladder = planned()
+    made = spool.save_ladder(folder, ladder)
+    for spec in ladder.rungs:
+        for number, each in enumerate(seconds.get(spec.recipe, []), 1):
+            one = replace(spec, round=number, planned_rounds=planned_rounds)
+            warm = (
+                {"cache_state": "warm", "first_call_s": 4.0} if number > 1 and "compile" in spec.optimizations else {}
+            )
+            keep(made, failure(one) if each is None else result(one, each, **warm))
+    return made
+
+
+def test_over_rounds_a_speed_up_is_that_within_rounds_and_has_an_interval(tmp_path: Path) -> None:
+    """The machine became twice as slow in the last round, for both alike."""
+    folder = in_rounds(tmp_path, {"baseline": [6.0, 6.2, 12.0], "sdpa": [3.0, 3.0, 6.0], "compile": [2.0, 2.0, 4.1]})
+    frame = report.from_spool(folder).set_index("rung")
+    assert list(frame.loc["00-baseline"][["latency_median_s", "rounds"]]) == [6.2, 3]
+    sdpa = frame.loc["02-sdpa"]
+    logs = [math.log(ratio) for ratio in (2, 6.2 / 3, 2)]
+    low, high = ttest_1samp(logs, 0).confidence_interval(0.95)
+    assert list(sdpa[["speedup", "speedup_low", "speedup_high"]]) == pytest.approx(
+        [math.exp(each) for each in (sum(logs) / 3, low, high)]
+    )
+    assert list(frame.loc["03-compile"][["first_call_s", "cache_state", "first_call_warm_s"]]) == [9.0, "cold", 4.0]
+    text = report.markdown(report.from_spool(folder))
+    assert "| 2.02× (1.93–2.12) |" in text
+    assert "| 00-baseline | 6.2 | 5.58 | 6.82 | 1.00× |" in text
+    assert text.splitlines()[0].endswith("| cache | warm s | PSNR dB | SSIM | prompts right | rounds |")
+
+
+def test_a_speed_up_whose_interval_holds_1_is_marked(tmp_path: Path) -> None:
+    folder = in_rounds(tmp_path, {"baseline": [1.0, 1.0, 1.0], "bf16": [0.98, 1.01, 0.99], "sdpa": [0.5, 0.51, 0.5]})
+    lines = {line[2:9]: line for line in report.markdown(report.from_spool(folder)).splitlines()}
+    assert "1.01× (0.97–1.05), no difference seen" in lines["01-bf16"]
+    assert "no difference" not in lines["02-sdpa"]
+
+
+def test_rounds_that_were_added_count_for_the_mean_and_not_for_the_spread(tmp_path: Path) -> None:
+    seconds = {"baseline": [1.0] * 4, "bf16": [0.5, 0.52, 0.51, 0.9]}
+    frame = report.from_spool(in_rounds(tmp_path, seconds, planned_rounds=3)).set_index("rung")
+    logs = {number: -math.log(each) for number, each in enumerate([0.5, 0.52, 0.51, 0.9], 1)}
+    expected = stats.speedup(logs, 3)
+    assert list(frame.loc["01-bf16"][["speedup", "speedup_low", "speedup_high"]]) == pytest.approx(
+        [expected.ratio, expected.low, expected.high]
+    )
+
+
+def test_rounds_that_failed_are_told(tmp_path: Path) -> None:
+    folder = in_rounds(tmp_path, {"baseline": [1.0, None, 1.0], "bf16": [0.5, 0.5, None], "sdpa": [None, None, None]})
+    frame = report.from_spool(folder)
+    assert report.warnings(frame) == [
+        "00-baseline failed in 1 of its 3 rounds",
+        "01-bf16 failed in 1 of its 3 rounds",
+    ]
+    found = frame.set_index("rung")
+    assert found.loc["01-bf16", "speedup"] == pytest.approx(2)  # of the one round that both have
+    assert "| 01-bf16 | 0.5 | 0.45 | 0.55 | 2.00× |" in report.markdown(frame)
+    assert "| 02-sdpa | timeout: not done after 10 s |" in report.markdown(frame)
+    report.plot(frame, tmp_path / "plot.png")
 
 
 def test_of_many_ladders_the_newest_is_taken_and_of_attempts_the_last_that_finished() -> None:

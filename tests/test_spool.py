@@ -29,7 +29,7 @@ def test_attempts_are_never_overwritten_and_the_last_result_counts(tmp_path: Pat
     keep(folder, failure(replace(spec, attempt=10)))
     assert spool.next_attempt(folder, spec) == 11
     assert [outcome.spec.attempt for _, outcome in spool.outcomes(folder)] == [1, 2, 10]
-    assert spool.last_outcomes(folder) == {spec.rung: result(replace(spec, attempt=2), 2.0)}
+    assert spool.last_outcomes(folder) == {(spec.rung, 1): result(replace(spec, attempt=2), 2.0)}
 
 
 def test_an_unfinished_attempt_is_no_outcome_but_keeps_its_number(tmp_path: Path) -> None:
@@ -56,6 +56,23 @@ def test_what_is_missing_is_what_has_no_result(tmp_path: Path) -> None:
     assert [spec.rung for spec in climbing.missing(folder, ("compile", "00-baseline"))] == ["03-compile"]
     with pytest.raises(ValueError, match=r"nearest are .*compile"):
         climbing.missing(folder, ("compil",))
+
+
+def test_every_other_round_goes_backwards_and_what_a_round_has_is_left_out(tmp_path: Path) -> None:
+    ladder = planned("cpu")
+    folder = spool.save_ladder(tmp_path, ladder)
+    keep(folder, result(ladder.rungs[0]))
+    keep(folder, result(replace(ladder.rungs[1], round=2)))
+    todo = climbing.missing(folder, rounds=3, planned=2)
+    assert [(spec.rung[:2], spec.round) for spec in todo] == [
+        *[("01", 1), ("02", 1)],
+        *[("02", 2), ("00", 2)],
+        *[("00", 3), ("01", 3), ("02", 3)],
+    ]
+    assert {spec.planned_rounds for spec in todo} == {2}
+    assert len({spec.conditions for spec in (*ladder.rungs, *todo)}) == 3
+    assert len({spool.run_folder(folder, spec) for spec in todo}) == len(todo)
+    assert [(spec.rung[:2], spec.round) for spec in climbing.missing(folder, ("sdpa",), rounds=2)] == [("00", 2)]
 
 
 def test_a_ladder_is_resumed_only_by_its_equal(tmp_path: Path) -> None:

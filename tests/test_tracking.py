@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from diffusion_fast import spool, tracking, view
+from diffusion_fast import report, spool, tracking, view
 from tests.conftest import failure, keep, planned, result
 
 
@@ -55,6 +55,28 @@ def test_a_ladder_is_a_parent_with_a_child_a_rung(store: str, climbed: Callable[
     assert {"image.png", "image.jpg", "spec.json", "result.json", "result.csv", "log.txt", "images"} <= files
     grid = {item.path for item in client().list_artifacts(child.info.run_id, "images")}
     assert any(path.startswith("images/output") and path.endswith(".png") for path in grid)
+
+
+def test_rounds_are_runs_of_their_own_and_the_parent_says_what_they_say_together(store: str, tmp_path: Path) -> None:
+    ladder = planned("cpu")
+    folder = spool.save_ladder(tmp_path / "spool", ladder)
+    for number, seconds in enumerate([(3.0, 2.0, 1.0), (3.1, 2.0, 1.0)], 1):
+        for spec, each in zip(ladder.rungs, seconds, strict=True):
+            keep(folder, result(replace(spec, round=number, planned_rounds=2), each))
+    for _ in range(2):
+        recorded = tracking.finish(folder, tracking_uri=store)
+    frame = tracking.load_runs(tracking_uri=store)
+    assert list(frame["round"]) == [1, 2] * 3
+    assert list(frame["speedup"]) == [1.0, 1.0, 1.5, 1.55, 3.0, 3.1]  # each within its round
+    names = [client().get_run(run_id).info.run_name for run_id in frame["run_id"]]
+    assert names[2:4] == ["01-compile", "01-compile r2"]
+    parent = client().get_run(recorded.parent_run_id).data
+    assert parent.metrics["latency_median_s/00-sdpa"] == pytest.approx(3.05)
+    assert parent.metrics["speedup/01-compile"] == pytest.approx((1.5 * 1.55) ** 0.5)
+    assert parent.metrics["speedup_low/01-compile"] < 1.5 < 1.55 < parent.metrics["speedup_high/01-compile"]
+    assert len(client().get_metric_history(recorded.parent_run_id, "speedup/01-compile")) == 1
+    assert parent.tags["mlflow.note.content"].count("![") == 3  # a rung's rounds paint the same
+    assert report.markdown(report.one_ladder(frame)) == report.markdown(report.from_spool(folder))
 
 
 def test_numbers_come_back_as_numbers(store: str, climbed: Callable[..., Path]) -> None:
