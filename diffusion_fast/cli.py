@@ -1,6 +1,7 @@
 """Click commands. What they do is elsewhere; exit codes are decided here.
 
 0: done. 1: a rung failed, or something could not be reached; what was measured is kept. 2: the input is wrong.
+3: `check` can't tell.
 """
 
 from __future__ import annotations
@@ -279,9 +280,15 @@ def _measure(
 @click.argument("folder", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--ladder-id", help="[default: the newest ladder]")
 @click.option("--output", type=click.Path(file_okay=False, path_type=Path), default="report", show_default=True)
+@click.option("--across", is_flag=True, help="Make ratios of different machines or versions, too.")
 @tracked
 def report(
-    folder: Path | None, ladder_id: str | None, output: Path, experiment: str | None, tracking_uri: str | None
+    folder: Path | None,
+    ladder_id: str | None,
+    output: Path,
+    across: bool,
+    experiment: str | None,
+    tracking_uri: str | None,
 ) -> None:
     """Print a ladder's table; write report.csv, report.md and report.png.
 
@@ -294,19 +301,54 @@ def report(
             found = [path for path in spool.find_ladders(folder) if ladder_id in (None, "", path.name)]
             if not found:
                 raise ValueError(f"There is no ladder {ladder_id or ''} in {folder}.")
-            frame, notes = reporting.from_spool(found[-1]), spool.read_ladder(found[-1]).notes
+            frame, notes = reporting.from_spool(found[-1], across), spool.read_ladder(found[-1]).notes
             if not len(frame):
                 raise ValueError(f"No rung of {found[-1].name} has an outcome yet.")
         else:
             from diffusion_fast.tracking import TrackingError, load_runs
 
             try:
-                frame, notes = reporting.one_ladder(load_runs(experiment, tracking_uri), ladder_id), ()
+                frame, notes = reporting.one_ladder(load_runs(experiment, tracking_uri), ladder_id, across), ()
             except TrackingError as error:
                 fail(f"MLflow could not be read: {error}", 1)
+        if clauses := reporting.refused(frame):
+            raise ValueError(f"{'; '.join(clauses)}: --across makes ratios of them nevertheless.")
     console.show(frame)
     for path in reporting.write(frame, output, notes):
         click.echo(path)
+
+
+@main.command()
+@click.option("--baseline", required=True, metavar="QUERY", help="An MLflow search string of one recipe's runs.")
+@click.option("--candidate", required=True, metavar="QUERY", help="Likewise: \"params.recipe = 'sdpa'\".")
+@click.option("--max-slowdown", type=Percentage(), default="3%", show_default=True, help="What the candidate may lose.")
+@click.option("--across", is_flag=True, help="Compare different machines or versions, too.")
+@tracked
+def check(
+    baseline: str,
+    candidate: str,
+    max_slowdown: float,
+    across: bool,
+    experiment: str | None,
+    tracking_uri: str | None,
+) -> None:
+    """Exit with 0 where the candidate isn't slower than is allowed, 1 where it is, 3 where that can't be told."""
+    from diffusion_fast import check as checking
+    from diffusion_fast import report as reporting
+    from diffusion_fast.tracking import TrackingError, load_runs
+
+    with wrong_input_exits_2():
+        try:
+            rows = [
+                reporting.records(load_runs(experiment, tracking_uri, query)) for query in (baseline, candidate, "")
+            ]
+        except TrackingError as error:
+            fail(f"MLflow could not be read: {error}", 1)
+        again = {recipe.name for recipe in LADDERS["aa"]}
+        aa = [row for row in rows[2] if row["recipe"] in again]
+        verdict = checking.check(rows[0], rows[1], aa, max_slowdown, across)
+    click.echo(verdict.sentence)
+    sys.exit({"ok": 0, "slower": 1, "unknown": 3}[verdict.outcome])
 
 
 @main.command()

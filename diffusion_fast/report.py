@@ -38,33 +38,35 @@ MILLISECONDS = ("denoising_step_s", "vae_decode_s")
 NO_DIFFERENCE = "no difference seen"
 
 
-def from_spool(folder: Path) -> pd.DataFrame:
+def from_spool(folder: Path, across: bool = False) -> pd.DataFrame:
     """One row a rung of a ladder's folder: of its results, or its last failure where it never had one."""
-    return summarize(measurements(folder))
+    return summarize(measurements(folder), across)
 
 
 def measurements(folder: Path) -> pd.DataFrame:
     """One row a rung and round of a ladder's folder: its last result, or its last failure where it never had one."""
     import pandas as pd
 
-    last = spool.last_outcomes(folder)
-    bases = spool.speedup_bases(spool.read_ladder(folder), last)
-    return pd.DataFrame([rows.row(outcome, bases.get(number)) for (_, number), outcome in last.items()])
+    ladder, last = spool.read_ladder(folder), spool.last_outcomes(folder)
+    return pd.DataFrame([rows.row(each, rows.speedup_base(each, ladder, last)) for each in last.values()])
 
 
-def summarize(frame: pd.DataFrame) -> pd.DataFrame:
+def summarize(frame: pd.DataFrame, across: bool = False) -> pd.DataFrame:
     """Rows of one ladder's measurements, one a rung and round, as one row a rung.
 
     Over several rounds a figure is the median of the rounds' figures, and a speed-up has an interval. The first call is
-    that of the first round, whose compile cache was cold; `first_call_warm_s` is of the later ones.
+    that of the first round, whose compile cache was cold; `first_call_warm_s` is of the later ones. With `across`
+    measurements of different machines or versions make a ratio too.
     """
     import pandas as pd
 
+    if across:
+        frame = _across(frame)
     if not len(frame) or frame["rung"].is_unique:
         return frame
     ratios = log_ratios(frame)
     by_rung: dict[str, list[dict[str, Any]]] = {}
-    for row in sorted(_records(frame), key=lambda row: (row["rung"], row["round"])):
+    for row in sorted(records(frame), key=lambda row: (row["rung"], row["round"])):
         by_rung.setdefault(row["rung"], []).append(row)
     return pd.DataFrame([_one_row(each, ratios.get(rung, {})) for rung, each in by_rung.items()])
 
@@ -82,16 +84,42 @@ def _one_row(rounds: list[dict[str, Any]], ratios: dict[int, float]) -> dict[str
     found |= {name: all(row[name] for row in measured if name in row) for name in rows.FLAGS}
     found["problem"] = "; ".join(dict.fromkeys(row["problem"] for row in measured if row.get("problem")))
     if ratios:
-        judged = stats.speedup(ratios, max(row["planned_rounds"] for row in measured))
+        judged = stats.mean_ratio(ratios, max(row["planned_rounds"] for row in measured))
         found |= {"speedup": judged.ratio, "speedup_base": next(row["speedup_base"] for row in measured)}
         if judged.low is not None:
             found |= {"speedup_low": judged.low, "speedup_high": judged.high}
     return found
 
 
+def refused(frame: pd.DataFrame) -> list[str]:
+    """A clause for each rung that has no speed-up because its machine or versions are not those of the first rung."""
+    measured = [row for row in records(frame) if row["status"] == "FINISHED"]
+    first = min(measured, key=lambda row: str(row["rung"]), default={})
+    found = {}
+    for row in measured:
+        if "speedup" not in row and row.get("environment_hash", "") != first.get("environment_hash", ""):
+            here, there = (set(f"{each['machine']}, {each['versions']}".split(", ")) for each in (row, first))
+            ours, theirs = ", ".join(sorted(here - there)), ", ".join(sorted(there - here))
+            found[row["rung"]] = f"{row['rung']} was measured with {ours} and {first['rung']} with {theirs}"
+    return list(found.values())
+
+
+def _across(frame: pd.DataFrame) -> pd.DataFrame:
+    """The measurements with the speed-ups that were refused."""
+    import pandas as pd
+
+    made = records(frame)
+    first = min((str(row["rung"]) for row in made), default="")
+    seconds = {row["round"]: row["latency_median_s"] for row in made if row["rung"] == first and "speedup" in row}
+    for row in made:
+        if row["status"] == "FINISHED" and "speedup" not in row and row["round"] in seconds:
+            row |= {"speedup": round(seconds[row["round"]] / row["latency_median_s"], 3), "speedup_base": first}
+    return pd.DataFrame(made)
+
+
 def log_ratios(frame: pd.DataFrame) -> dict[str, dict[int, float]]:
     """By rung and round the logarithm of how many times faster it was than the first rung in the same round."""
-    measured = [row for row in _records(frame) if row["status"] == "FINISHED"]
+    measured = [row for row in records(frame) if row["status"] == "FINISHED"]
     latencies = {(row["rung"], row["round"]): row["latency_median_s"] for row in measured}
     found: dict[str, dict[int, float]] = {}
     for row in measured:
@@ -101,7 +129,7 @@ def log_ratios(frame: pd.DataFrame) -> dict[str, dict[int, float]]:
     return found
 
 
-def one_ladder(frame: pd.DataFrame, ladder_id: str | None = None) -> pd.DataFrame:
+def one_ladder(frame: pd.DataFrame, ladder_id: str | None = None, across: bool = False) -> pd.DataFrame:
     """The rows of one ladder, the newest by default, one a rung. Raises ValueError where there is none."""
     known = sorted(frame["ladder_id"].unique()) if len(frame) else []
     if not known or (ladder_id and ladder_id not in known):
@@ -109,10 +137,10 @@ def one_ladder(frame: pd.DataFrame, ladder_id: str | None = None) -> pd.DataFram
     rungs = frame[(frame["ladder_id"] == (ladder_id or known[-1])) & frame["status"].isin(["FAILED", "FINISHED"])]
     # Of several attempts the last one that finished counts: "FINISHED" sorts after "FAILED".
     ordered = rungs.sort_values(["rung", "round", "status", "attempt"])
-    return summarize(ordered.drop_duplicates(["rung", "round"], keep="last").reset_index(drop=True))
+    return summarize(ordered.drop_duplicates(["rung", "round"], keep="last").reset_index(drop=True), across)
 
 
-def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
+def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows as dictionaries, without what is absent."""
     import pandas as pd
 
@@ -153,7 +181,7 @@ def table(frame: pd.DataFrame) -> Table:
     for column, heading, _ in columns:
         left = column in ("rung", "cache")
         made.add_column(heading, justify="left" if left else "right", no_wrap=column == "rung")
-    for row in _records(frame):
+    for row in records(frame):
         made.add_row(*cells(row, columns))
     return made
 
@@ -161,7 +189,7 @@ def table(frame: pd.DataFrame) -> Table:
 def figures(frame: pd.DataFrame) -> dict[str, float]:
     """What all rounds say of each rung: "speedup/03-compile" and so on."""
     names = ("latency_median_s", "speedup", "speedup_low", "speedup_high")
-    return {f"{name}/{row['rung']}": row[name] for name in names for row in _records(frame) if name in row}
+    return {f"{name}/{row['rung']}": row[name] for name in names for row in records(frame) if name in row}
 
 
 def caption(frame: pd.DataFrame) -> str:
@@ -185,8 +213,8 @@ def _intervals(frame: pd.DataFrame) -> str:
 
 def warnings(frame: pd.DataFrame) -> list[str]:
     """What a reader of the table must know of single rungs."""
-    found = []
-    for row in _records(frame):
+    found = [f"no speed-up: {clause}" for clause in refused(frame)]
+    for row in records(frame):
         if row.get("warmed_up") is False:
             found.append(f"{row['rung']} was still getting faster or slower by more than 5% when it was measured")
         if row.get("image_repeats") is False:
@@ -205,7 +233,7 @@ def markdown(frame: pd.DataFrame, notes: Iterable[str] = ()) -> str:
         "| " + " | ".join(heading for _, heading, _ in columns) + " |",
         "|" + "|".join("---" if column in ("rung", "cache") else "--:" for column, _, _ in columns) + "|",
     ]
-    lines += ["| " + " | ".join(cells(row, columns)) + " |" for row in _records(frame)]
+    lines += ["| " + " | ".join(cells(row, columns)) + " |" for row in records(frame)]
     text = "\n".join(lines) + f"\n\n{caption(frame)}\n"
     text += "".join(f"\nWarning: {warning}.\n" for warning in warnings(frame))
     return text + "".join(f"\nNote: {note}.\n" for note in notes)
@@ -222,7 +250,7 @@ def plot(frame: pd.DataFrame, path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(max(7.0, 1.2 + 1.35 * len(frame)), 4.2), layout="constrained")
-    for place, row in enumerate(_records(frame)):
+    for place, row in enumerate(records(frame)):
         if row["status"] == "FAILED":
             axes.annotate(row["reason"], (place, 0), (0, 4), textcoords="offset points", ha="center", color="#aa3377")
             continue
@@ -244,7 +272,7 @@ def write(frame: pd.DataFrame, folder: Path, notes: Iterable[str] = ()) -> list[
     """Write report.csv (the seed's columns first), report.md and report.png. Returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"report.{kind}" for kind in ("csv", "md", "png")]
-    spool.write_text(paths[0], rows.seed_csv(_records(frame)))
+    spool.write_text(paths[0], rows.seed_csv(records(frame)))
     spool.write_text(paths[1], markdown(frame, notes))
     plot(frame, paths[2])
     return paths

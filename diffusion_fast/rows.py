@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 from typing import Any
 
-from diffusion_fast.spec import Failure, Outcome, Result
+from diffusion_fast.spec import Failure, Ladder, Outcome, Result
 
 # MLflow keeps parameters and tags as strings: these are the columns that come back as numbers.
 INTEGERS = ("steps", "batch_size", "height", "width", "seed", "round", "planned_rounds", "attempt")
@@ -33,11 +34,15 @@ METRICS = (
     "import_s",
     "first_call_s",
 )
+# What must be the same for two latencies to make a ratio: not the host's name, not which of its GPUs.
+MACHINE = ("gpu", "driver", "cpu")
+VERSIONS = ("python", "torch", "cuda", "cudnn", "triton", "diffusers", "transformers", "torchao", "accelerate", "numpy")
 # The columns that a DataFrame of runs always has, before those that depend on the device and the recipe.
 COLUMNS = (
     *("ladder_id", "rung", "status", "model", "weights", "recipe", "optimizations", "dtype", "device", "device_name"),
     *("compile_mode", "prompt", *METRICS, *FLOATS, *INTEGERS, *FLAGS),
     *("cache_state", "speedup_base", "tag", "reason", "error", "problem", "measurement_id", "conditions"),
+    *("machine", "versions", "environment_hash", "commit"),
 )
 
 
@@ -98,6 +103,31 @@ def metrics(outcome: Outcome, base: Result | None) -> dict[str, float]:
     return found
 
 
+def fingerprint(outcome: Outcome) -> dict[str, str]:
+    """Where it was measured, by what, and both as one hash."""
+    facts = outcome.environment
+    machine = ", ".join(f"{name} {facts[name]}" for name in MACHINE if facts.get(name))
+    versions = ", ".join(f"{name} {facts[name]}" for name in VERSIONS if facts.get(name))
+    return {
+        "machine": machine,
+        "versions": versions,
+        "environment_hash": hashlib.sha256(f"{machine}; {versions}".encode()).hexdigest()[:12] if facts else "",
+        "commit": str(facts.get("commit") or ""),
+    }
+
+
+def speedup_base(outcome: Outcome, ladder: Ladder, last: dict[tuple[str, int], Outcome]) -> Result | None:
+    """What an outcome's speed-up is against: the result of the ladder's first rung in its round.
+
+    None where that failed, or was measured on another kind of machine or with other versions, as far as is known.
+    """
+    base = last.get((ladder.rungs[0].rung, outcome.spec.round))
+    if not isinstance(base, Result):
+        return None
+    known = {fingerprint(each)["environment_hash"] for each in (outcome, base)} - {""}
+    return base if len(known) < 2 else None
+
+
 def labels(outcome: Outcome, base: Result | None) -> dict[str, str]:
     """What tells the measurement from others, and what is said of it."""
     spec = outcome.spec
@@ -112,6 +142,7 @@ def labels(outcome: Outcome, base: Result | None) -> dict[str, str]:
         "conditions": spec.conditions,
         "tag": spec.tag,
         "speedup_base": base.spec.rung if base else "",
+        **fingerprint(outcome),
     }
     if isinstance(outcome, Failure):
         return found | {"reason": outcome.reason, "error": outcome.message[:4000], "stage": outcome.stage}

@@ -150,14 +150,6 @@ def last_outcomes(ladder_folder: Path) -> dict[tuple[str, int], Outcome]:
     return last
 
 
-def speedup_bases(ladder: Ladder, last: dict[tuple[str, int], Outcome]) -> dict[int, Result]:
-    """By round the result of the ladder's first rung, which the others' speed-ups are against; none where it failed."""
-    first = ladder.rungs[0].rung
-    return {
-        number: outcome for (rung, number), outcome in last.items() if rung == first and isinstance(outcome, Result)
-    }
-
-
 def next_attempt(ladder_folder: Path, spec: RunSpec) -> int:
     """Attempts are never overwritten, not even those that left no outcome."""
     taken = [attempt for (number, attempt), _ in _attempts(ladder_folder, spec.rung) if number == spec.round]

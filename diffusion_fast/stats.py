@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Speedup:
+class Ratio:
     """A ratio of latencies with its 95% interval; of a single round nothing is known but the ratio."""
 
     ratio: float
@@ -24,7 +24,7 @@ class Speedup:
         return None if self.low is None or self.high is None else not self.low <= 1 <= self.high
 
 
-def speedup(log_ratios: Mapping[int, float], planned: int) -> Speedup:
+def mean_ratio(log_ratios: Mapping[int, float], planned: int) -> Ratio:
     """The mean log ratio over rounds (numbered from 1), with Student's t interval.
 
     Ratios are taken within rounds, so that what a machine does to all rungs of a round falls out, and in logs, where
@@ -38,11 +38,11 @@ def speedup(log_ratios: Mapping[int, float], planned: int) -> Speedup:
     mean = float(np.mean(list(log_ratios.values())))
     spread_of = _planned(log_ratios, planned)
     if len(spread_of) < 2:
-        return Speedup(math.exp(mean), len(log_ratios))
+        return Ratio(math.exp(mean), len(log_ratios))
     scale = float(np.std(spread_of, ddof=1)) / math.sqrt(len(log_ratios))
     # Rounds that agree to the last digit leave scipy no distribution.
     low, high = stats.t.interval(CONFIDENCE, len(spread_of) - 1, mean, scale) if scale > 0 else (mean, mean)
-    return Speedup(math.exp(mean), len(log_ratios), math.exp(low), math.exp(high))
+    return Ratio(math.exp(mean), len(log_ratios), math.exp(low), math.exp(high))
 
 
 def rounds_needed(log_ratios: Mapping[int, float], planned: int, until: float) -> int:
@@ -63,3 +63,29 @@ def rounds_needed(log_ratios: Mapping[int, float], planned: int, until: float) -
 
 def _planned(log_ratios: Mapping[int, float], planned: int) -> list[float]:
     return [value for number, value in log_ratios.items() if number <= planned]
+
+
+def ratio_of_two(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:
+    """The ratio of two sets of independent latencies, each at least two, given as logarithms: Welch's t interval."""
+    import numpy as np
+    from scipy import stats
+
+    interval = stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(CONFIDENCE)
+    difference = float(np.mean(ours) - np.mean(theirs))
+    return Ratio(math.exp(difference), min(len(ours), len(theirs)), math.exp(interval.low), math.exp(interval.high))
+
+
+def ratio_by_known_spread(ours: Sequence[float], theirs: Sequence[float], known: Sequence[Sequence[float]]) -> Ratio:
+    """The ratio of two sets of independent latencies, given as logarithms, by the spread that others have.
+
+    `known` are logarithms of latencies of something else, one sequence a thing, each at least two. What of one thing
+    was measured together with another's is no further evidence: the degrees of freedom are the longest sequence's.
+    """
+    import numpy as np
+    from scipy import stats
+
+    variance = float(np.mean([np.var(each, ddof=1) for each in known]))
+    scale = math.sqrt(variance * (1 / len(ours) + 1 / len(theirs)))
+    difference = float(np.mean(ours) - np.mean(theirs))
+    low, high = stats.t.interval(CONFIDENCE, max(map(len, known)) - 1, difference, scale) if scale else [difference] * 2
+    return Ratio(math.exp(difference), min(len(ours), len(theirs)), math.exp(low), math.exp(high))

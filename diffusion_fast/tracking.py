@@ -87,10 +87,10 @@ def _record(client: MlflowClient, folder: Path, experiment: str | None, parent_r
     experiment_id = parent.info.experiment_id
     search_filter = f"tags.kind = 'rung' and tags.ladder_id = '{ladder.id}'"
     known = {run.data.tags["measurement_id"]: run for run in _search(client, experiment_id, search_filter)}
-    bases = spool.speedup_bases(ladder, spool.last_outcomes(folder))
+    last = spool.last_outcomes(folder)
     for run_folder, outcome in spool.outcomes(folder):
         run = known.get(outcome.spec.measurement_id)
-        _record_rung(client, parent, run, run_folder, outcome, bases.get(outcome.spec.round))
+        _record_rung(client, parent, run, run_folder, outcome, rows.speedup_base(outcome, ladder, last))
 
     if view.TAG + ladder.id not in client.get_experiment(experiment_id).tags:
         saved = view.encode(view.view_state(search_filter), name=ladder.id, now_ms=int(time.time() * 1000))
@@ -299,19 +299,30 @@ def _milliseconds(iso: str) -> int:
     return int(datetime.fromisoformat(iso).timestamp() * 1000)
 
 
-def load_runs(experiment: str | None = None, tracking_uri: str | None = None) -> pd.DataFrame:
+def load_runs(experiment: str | None = None, tracking_uri: str | None = None, query: str = "") -> pd.DataFrame:
     """One typed row a rung, oldest ladder first: numbers are numbers, latencies are seconds, absent is NaN or NA.
 
     The columns of `rows.COLUMNS` are always there. `experiment` is a name; by default MLFLOW_EXPERIMENT_NAME,
-    MLFLOW_EXPERIMENT_ID or "diffusion_fast" decides. Raises ValueError where there is no such experiment, and
-    TrackingError where MLflow can't be read.
+    MLFLOW_EXPERIMENT_ID or "diffusion_fast" decides. `query` is an MLflow search string, such as
+    "params.recipe = 'sdpa' and tags.tag = 'nightly'"; what it doesn't match is left out. Raises ValueError where
+    there is no such experiment or the query is wrong, and TrackingError where MLflow can't be read.
     """
     import pandas as pd
+    from mlflow.exceptions import MlflowException
 
+    wrong_query = ""
     with _tracking_errors():
         client = connect(tracking_uri)
         found = _find_experiment(client, experiment)
-        runs = _search(client, found.experiment_id, "tags.kind = 'rung'") if found else []
+        try:
+            search_filter = f"tags.kind = 'rung' and {query}" if query else "tags.kind = 'rung'"
+            runs = _search(client, found.experiment_id, search_filter) if found else []
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            wrong_query = f"{query!r} is not an MLflow search string: {error.message}"
+    if wrong_query:
+        raise ValueError(wrong_query)
     if found is None:
         raise ValueError(f"There is no experiment {experiment or _experiment_name()!r} at {client.tracking_uri}.")
     flat = [_flat(run) for run in runs]

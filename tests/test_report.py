@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from scipy.stats import ttest_1samp
 
 from diffusion_fast import report, spool, stats
+from diffusion_fast.cli import main
 from tests.conftest import failure, keep, planned, result
 
 SEED_COLUMNS = [
@@ -132,7 +134,7 @@ def test_rounds_that_were_added_count_for_the_mean_and_not_for_the_spread(tmp_pa
     seconds = {"baseline": [1.0] * 4, "bf16": [0.5, 0.52, 0.51, 0.9]}
     frame = report.from_spool(in_rounds(tmp_path, seconds, planned_rounds=3)).set_index("rung")
     logs = {number: -math.log(each) for number, each in enumerate([0.5, 0.52, 0.51, 0.9], 1)}
-    expected = stats.speedup(logs, 3)
+    expected = stats.mean_ratio(logs, 3)
     assert list(frame.loc["01-bf16"][["speedup", "speedup_low", "speedup_high"]]) == pytest.approx(
         [expected.ratio, expected.low, expected.high]
     )
@@ -150,6 +152,31 @@ def test_rounds_that_failed_are_told(tmp_path: Path) -> None:
     assert "| 01-bf16 | 0.5 | 0.45 | 0.55 | 2.00× |" in report.markdown(frame)
     assert "| 02-sdpa | timeout: not done after 10 s |" in report.markdown(frame)
     report.plot(frame, tmp_path / "plot.png")
+
+
+def on_another_machine(folder: Path) -> Path:
+    """A spooled ladder that was resumed elsewhere."""
+    ladder = planned()
+    made = spool.save_ladder(folder, ladder)
+    for spec, versions in zip(ladder.rungs, ("2.13.0", "2.13.0", "2.11.0"), strict=False):
+        keep(made, result(spec, 2.0, environment={"cpu": "a processor", "torch": versions}))
+    return made
+
+
+def test_another_machine_or_version_makes_no_ratio_unless_asked_for(tmp_path: Path) -> None:
+    folder = on_another_machine(tmp_path)
+    frame = report.from_spool(folder)
+    told = "02-sdpa was measured with torch 2.11.0 and 00-baseline with torch 2.13.0"
+    assert report.refused(frame) == [told]
+    assert frame.set_index("rung")["speedup"].isna().tolist() == [False, False, True]
+    assert f"Warning: no speed-up: {told}." in report.markdown(frame)
+    across = report.from_spool(folder, across=True)
+    assert report.refused(across) == []
+    assert across["speedup"].tolist() == [1.0] * 3
+    done = CliRunner().invoke(main, ["report", str(folder), "--output", str(tmp_path / "out")])
+    assert (done.exit_code, f"{told}: --across" in done.output) == (2, True)
+    done = CliRunner().invoke(main, ["report", str(folder), "--output", str(tmp_path / "out"), "--across"])
+    assert done.exit_code == 0
 
 
 def test_of_many_ladders_the_newest_is_taken_and_of_attempts_the_last_that_finished() -> None:

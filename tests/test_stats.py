@@ -21,7 +21,7 @@ def drawn(generator: np.random.Generator, rounds: int, truth: float = 0.0, sprea
 def test_an_interval_holds_in_19_of_20_cases(rounds: int) -> None:
     generator = np.random.default_rng(rounds)
     truth = math.log(1.3)
-    found = [stats.speedup(drawn(generator, rounds, truth), rounds) for _ in range(TRIALS)]
+    found = [stats.mean_ratio(drawn(generator, rounds, truth), rounds) for _ in range(TRIALS)]
     held = [each.low <= 1.3 <= each.high for each in found if each.low is not None and each.high is not None]
     assert len(held) == TRIALS
     assert abs(np.mean(held) - 0.95) < SLACK
@@ -29,11 +29,11 @@ def test_an_interval_holds_in_19_of_20_cases(rounds: int) -> None:
 
 def test_it_is_the_t_interval_of_the_log_ratios() -> None:
     ratios = {1: 0.10, 2: 0.14, 3: 0.11, 4: 0.13}
-    found = stats.speedup(ratios, 4)
+    found = stats.mean_ratio(ratios, 4)
     low, high = scipy_stats.ttest_1samp(list(ratios.values()), 0).confidence_interval(0.95)
     assert (found.ratio, found.low, found.high) == pytest.approx([math.exp(each) for each in (0.12, low, high)])
     assert (found.rounds, found.seen) == (4, True)
-    assert stats.speedup({1: 0.10, 2: -0.12}, 2).seen is False
+    assert stats.mean_ratio({1: 0.10, 2: -0.12}, 2).seen is False
 
 
 @pytest.mark.parametrize("until", [0.01, 0.03])
@@ -44,7 +44,7 @@ def test_rounds_that_were_added_by_the_spread_leave_the_interval_true(until: flo
         first = drawn(generator, 5)
         enough = stats.rounds_needed(first, 5, until)
         ratios = first | {5 + number: each for number, each in drawn(generator, enough - 5).items()}
-        found = stats.speedup(ratios, 5)
+        found = stats.mean_ratio(ratios, 5)
         assert found.low is not None
         assert found.high is not None
         held.append(not found.seen)
@@ -54,15 +54,15 @@ def test_rounds_that_were_added_by_the_spread_leave_the_interval_true(until: flo
 
 
 def test_one_round_has_no_interval() -> None:
-    found = stats.speedup({1: math.log(2)}, 1)
+    found = stats.mean_ratio({1: math.log(2)}, 1)
     assert (found.ratio, found.low, found.high, found.seen) == (pytest.approx(2), None, None, None)
     # Of the planned rounds but one was measured: the spread of those that were added because of it doesn't count.
-    assert stats.speedup({2: 0.1, 3: 0.2, 4: 0.3}, 2).low is None
+    assert stats.mean_ratio({2: 0.1, 3: 0.2, 4: 0.3}, 2).low is None
     with pytest.raises(ValueError, match="at least two rounds"):
         stats.rounds_needed({1: 0.1}, 5, 0.02)
 
 
 def test_rounds_that_agree_wholly_have_an_interval_of_no_width() -> None:
-    found = stats.speedup({1: 0.1, 2: 0.1, 3: 0.1}, 3)
+    found = stats.mean_ratio({1: 0.1, 2: 0.1, 3: 0.1}, 3)
     assert [found.low, found.high] == pytest.approx([found.ratio] * 2)
     assert stats.rounds_needed({1: 0.1, 2: 0.1}, 2, 0.02) == 2

@@ -1,0 +1,116 @@
+"""Is one set of measurements slower than another, by more than is allowed? And can that be told?"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from diffusion_fast import stats
+
+SAME = ("model", "weights", "device", "steps", "batch_size", "height", "width", "guidance_scale")
+FINGERPRINT = ("machine", "versions")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check came to, and the sentence that says so."""
+
+    outcome: Literal["ok", "slower", "unknown"]
+    sentence: str
+
+
+def check(
+    baseline: Sequence[Row], candidate: Sequence[Row], aa: Sequence[Row], max_slowdown: float, across: bool = False
+) -> Verdict:
+    """Compare the latencies of two sets of measurements, each of one recipe: rows as `load_runs()` has them.
+
+    What both sides have measured in the same rounds is compared within the rounds. Otherwise a ladder is one sample,
+    and the spread between ladders is the sides' own where both have several; else it is that of `aa`, measurements of
+    ladders `aa` on the same machine. `max_slowdown` is 0.03 for 3%.
+
+    Raises ValueError where a side is empty or of several recipes, or where the two can't be compared. `across` lets
+    machines and versions differ.
+    """
+    sides = {"baseline": _finished(baseline), "candidate": _finished(candidate)}
+    for side, rows in sides.items():
+        if not rows:
+            raise ValueError(f"The {side} matches no finished measurement.")
+        recipes = sorted({f"{row['recipe']} ({row['optimizations']})" for row in rows})
+        if len(recipes) > 1:
+            raise ValueError(f"The {side} must match one recipe, and matches {len(recipes)}: {', '.join(recipes)}.")
+    for name in (*SAME, *(() if across else FINGERPRINT)):
+        values = sorted({str(row.get(name, "")) for rows in sides.values() for row in rows})
+        if len(values) > 1:
+            more = ": --across compares them nevertheless" if name in FINGERPRINT else ""
+            raise ValueError(f"The measurements differ in {name} ({' and '.join(values)}){more}.")
+
+    one = sides["baseline"][0]
+    alike = [row for row in _finished(aa) if all(row.get(name) == one.get(name) for name in (*SAME, *FINGERPRINT))]
+    ratio, how = _paired(**sides) or _unpaired(**sides, aa=alike)
+    names = f"the candidate ({sides['candidate'][0]['recipe']})", f"the baseline ({one['recipe']})"
+    if ratio.low is None or ratio.high is None:
+        return Verdict("unknown", f"Can't tell whether {names[0]} is slower than {names[1]}: {how}.")
+    percent = [100 * (each - 1) for each in (ratio.ratio, ratio.low, ratio.high)]
+    allowed = f"the {100 * max_slowdown:.3g}% that are allowed"
+    said = (
+        f"{names[0].capitalize()} takes {abs(percent[0]):.1f}% {'more' if percent[0] > 0 else 'less'} time than "
+        f"{names[1]} (95% interval {percent[1]:+.1f}% to {percent[2]:+.1f}%, {how})"
+    )
+    if ratio.low > 1 + max_slowdown:
+        return Verdict("slower", f"{said}: more than {allowed}.")
+    if ratio.high <= 1 + max_slowdown:
+        return Verdict("ok", f"{said}: within {allowed}.")
+    return Verdict("unknown", f"{said}: can't tell whether that is more than {allowed}.")
+
+
+def _finished(rows: Sequence[Row]) -> list[Row]:
+    """Of several attempts at a measurement the last that finished."""
+    ordered = sorted((row for row in rows if row["status"] == "FINISHED"), key=lambda row: int(row["attempt"]))
+    return list({(row["ladder_id"], row["rung"], row["round"]): row for row in ordered}.values())
+
+
+def _paired(baseline: list[Row], candidate: list[Row]) -> tuple[stats.Ratio, str] | None:
+    """The ratio within rounds that both sides have, if these are at least two."""
+    theirs = {(row["ladder_id"], row["round"]): row for row in baseline}
+    both = [(row, theirs[key]) for row in candidate if (key := (row["ladder_id"], row["round"])) in theirs]
+    if len(both) < 2 or any(ours is other for ours, other in both):
+        return None
+    ladders = {row["ladder_id"] for row, _ in both}
+    planned = max(row["planned_rounds"] for row, _ in both) if len(ladders) == 1 else len(both)
+    numbers = [row["round"] for row, _ in both] if len(ladders) == 1 else range(1, len(both) + 1)
+    logs = [math.log(row["latency_median_s"] / other["latency_median_s"]) for row, other in both]
+    ratio = stats.mean_ratio(dict(zip(numbers, logs, strict=True)), planned)
+    return ratio, f"{len(both)} rounds that both have"
+
+
+def _unpaired(baseline: list[Row], candidate: list[Row], aa: list[Row]) -> tuple[stats.Ratio, str]:
+    """The ratio of ladders' latencies, by the spread between ladders."""
+    ours, theirs = (list(_by_ladder(rows).values()) for rows in (candidate, baseline))
+    counts = f"{len(ours)} and {len(theirs)} ladders"
+    if len(ours) > 1 and len(theirs) > 1:
+        return stats.ratio_of_two(ours, theirs), f"{counts}, Welch's t"
+    known = [
+        list(_by_ladder([row for row in aa if row["rung"] == rung]).values()) for rung in {row["rung"] for row in aa}
+    ]
+    known = [logs for logs in known if len(logs) > 1]
+    if not known:
+        return (
+            stats.Ratio(math.exp(statistics.mean(ours) - statistics.mean(theirs)), 1),
+            "they share no two rounds, one ladder says nothing of the spread between ladders, and no two ladders `aa` "
+            "of this machine and these settings tell it: run `diffusion-fast ladder --ladder aa` several times",
+        )
+    ratio = stats.ratio_by_known_spread(ours, theirs, known)
+    return ratio, f"{counts}, the spread between ladders from {max(map(len, known))} ladders `aa`"
+
+
+def _by_ladder(rows: list[Row]) -> dict[str, float]:
+    """The logarithm of each ladder's latency, the median of its rounds'."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["ladder_id"], []).append(row["latency_median_s"])
+    return {ladder: math.log(statistics.median(seconds)) for ladder, seconds in found.items()}
