@@ -72,11 +72,14 @@ def climb(
     if len(frame):
         show(frame)
     failed = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+    lossy = sorted({each.spec.rung for each in outcomes if isinstance(each, Result) and each.fidelity_ok is False})
     if recorder is not None:
         recorder.finish()
     if failed:
         logs = ", ".join(str(spool.run_folder(folder, failure.spec) / spool.LOG) for failure in failed)
         fail(f"{len(failed)} of {len(outcomes)} measurements failed; their logs: {logs}", 1)
+    if lossy:
+        fail(f"{', '.join(lossy)} lost more than rounding, though nothing in the recipe says so.", 1)
 
 
 @dataclass(frozen=True)

@@ -30,10 +30,11 @@ COLUMNS = (
     ("first_call_warm_s", "warm s", "{:.1f}"),
     ("psnr_db", "PSNR dB", "{:.1f}"),
     ("ssim", "SSIM", "{:.4f}"),
+    ("one_step_error_max", "step error", "{:.1e}"),
     ("prompt_accuracy", "prompts right", "{:.1%}"),
     ("rounds", "rounds", "{:g}"),
 )
-OPTIONAL = ("prompt_accuracy", "first_call_warm_s", "rounds")  # shown where a rung has it
+OPTIONAL = ("one_step_error_max", "prompt_accuracy", "first_call_warm_s", "rounds")  # shown where a rung has it
 MILLISECONDS = ("denoising_step_s", "vae_decode_s")
 NO_DIFFERENCE = "no difference seen"
 
@@ -81,7 +82,9 @@ def _one_row(rounds: list[dict[str, Any]], ratios: dict[int, float]) -> dict[str
         values = [row[name] for row in measured if name in row]
         if values and name != "first_call_s":
             found[name] = statistics.median(values)
-    found |= {name: all(row[name] for row in measured if name in row) for name in rows.FLAGS}
+    for name in rows.FLAGS:
+        if any(name in row for row in measured):
+            found[name] = all(row[name] for row in measured if name in row)
     found["problem"] = "; ".join(dict.fromkeys(row["problem"] for row in measured if row.get("problem")))
     if ratios:
         judged = stats.mean_ratio(ratios, max(row["planned_rounds"] for row in measured))
@@ -221,6 +224,11 @@ def warnings(frame: pd.DataFrame) -> list[str]:
             found.append(f"{row['rung']} made different images from the same seed")
         if failed := row.get("failed_rounds"):
             found.append(f"{row['rung']} failed in {failed:g} of its {failed + row['rounds']:g} rounds")
+        if row.get("fidelity_ok") is False:
+            error, floor = row["one_step_error_max"], row["one_step_floor_max"]
+            found.append(
+                f"{row['rung']} loses more than rounding: a step's error is {error:.1e}, eager's is {floor:.1e}"
+            )
         if row.get("problem"):
             found.append(f"{row['rung']}: {row['problem']}")
     return found

@@ -12,7 +12,8 @@ from diffusion_fast.spec import Failure, Ladder, Outcome, Result
 # MLflow keeps parameters and tags as strings: these are the columns that come back as numbers.
 INTEGERS = ("steps", "batch_size", "height", "width", "seed", "round", "planned_rounds", "attempt")
 FLOATS = ("guidance_scale",)
-FLAGS = ("warmed_up", "image_repeats", "identical_to_reference")
+FLAGS = ("warmed_up", "image_repeats", "identical_to_reference", "fidelity_ok")
+SERIES = ("latency_sample_s", "one_step_error", "one_step_floor")  # metrics of many values, by repeat or by step
 METRICS = (
     "latency_median_s",
     "latency_p10_s",
@@ -26,6 +27,8 @@ METRICS = (
     "peak_memory_gib",
     "psnr_db",
     "ssim",
+    "one_step_error_max",
+    "one_step_floor_max",
     "prompt_accuracy",
     "prompt_accuracy_low",
     "prompt_accuracy_high",
@@ -93,6 +96,8 @@ def metrics(outcome: Outcome, base: Result | None) -> dict[str, float]:
         found["psnr_db"] = outcome.psnr_db
     if outcome.ssim is not None:
         found["ssim"] = outcome.ssim
+    if outcome.one_step:
+        found |= {f"one_step_{name}_max": max(outcome.one_step[name]) for name in ("error", "floor")}
     if outcome.accuracy:
         found |= {
             "prompt_accuracy": outcome.accuracy["accuracy"],
@@ -100,6 +105,16 @@ def metrics(outcome: Outcome, base: Result | None) -> dict[str, float]:
             "prompt_accuracy_high": outcome.accuracy["high"],
             "prompt_count": outcome.accuracy["prompts"],
         }
+    return found
+
+
+def series(outcome: Outcome) -> dict[str, dict[int, float]]:
+    """What was measured more than once: by name, and by repeat or denoising step."""
+    if isinstance(outcome, Failure):
+        return {}
+    found = {"latency_sample_s": dict(enumerate(outcome.samples_s))}
+    for name in ("error", "floor") if outcome.one_step else ():
+        found[f"one_step_{name}"] = dict(zip(outcome.one_step["steps"], outcome.one_step[name], strict=True))
     return found
 
 
@@ -151,6 +166,7 @@ def labels(outcome: Outcome, base: Result | None) -> dict[str, str]:
         "warmed_up": str(outcome.warmed_up),
         "image_repeats": str(outcome.image_repeats),
         "identical_to_reference": str(outcome.identical_to_reference),
+        **({} if outcome.fidelity_ok is None else {"fidelity_ok": str(outcome.fidelity_ok)}),
         "pipeline_cls": outcome.pipeline_cls,
         "ckpt_id": outcome.ckpt_id,
         "problem": outcome.problem,

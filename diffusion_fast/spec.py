@@ -120,6 +120,11 @@ class RunSpec(_Json):
     def dtype(self) -> str:
         return next((long for short, long in DTYPES.items() if short in self.optimizations), "float32")
 
+    @property
+    def numbers(self) -> str:
+        """The format that it computes in: its dtype, or "tf32" for an fp32 whose products are rounded to that."""
+        return "tf32" if self.dtype == "float32" and "tf32" in self.optimizations else self.dtype
+
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
@@ -163,11 +168,18 @@ class Result(_Json):
     psnr_db: float | None = None  # None: identical to the reference (infinite), or there is no reference
     ssim: float | None = None
     identical_to_reference: bool = False
+    one_step: dict[str, Any] = field(default_factory=dict)  # errors of single denoising steps, see onestep.py
     accuracy: dict[str, float] = field(
         default_factory=dict
     )  # of the held-out prompts: right, prompts, accuracy, low, high
     problem: str = ""  # what could not be found out after the timed calls, which count nevertheless
     environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fidelity_ok(self) -> bool | None:
+        """Whether a recipe that claims to lose nothing doesn't. None: it claims no such thing, or it isn't known."""
+        ok: bool | None = self.one_step.get("ok")
+        return ok
 
     @property
     def peak_memory_gib(self) -> float:

@@ -153,10 +153,12 @@ def _record_rung(
     has = run.data
     metrics = {key: value for key, value in rows.metrics(outcome, base).items() if key not in has.metrics}
     entries = [Metric(key, value, finished_ms, 0) for key, value in metrics.items()]
-    if isinstance(outcome, Result) and "latency_sample_s" not in has.metrics:
-        entries += [
-            Metric("latency_sample_s", value, finished_ms, step) for step, value in enumerate(outcome.samples_s)
-        ]
+    entries += [
+        Metric(name, value, finished_ms, step)
+        for name, values in rows.series(outcome).items()
+        if name not in has.metrics
+        for step, value in values.items()
+    ]
     params = {key: str(value) for key, value in rows.parameters(outcome).items() if key not in has.params}
     tags = {key: value for key, value in rows.labels(outcome, base).items() if has.tags.get(key) != value}
     if entries or params or tags:
@@ -335,5 +337,5 @@ def load_runs(experiment: str | None = None, tracking_uri: str | None = None, qu
 
 def _flat(run: Run) -> dict[str, Any]:
     texts = {key: value for key, value in run.data.tags.items() if not key.startswith("mlflow.")} | run.data.params
-    metrics = {key: value for key, value in run.data.metrics.items() if key != "latency_sample_s"}  # the last of many
+    metrics = {key: value for key, value in run.data.metrics.items() if key not in rows.SERIES}  # the last of many
     return {"run_id": run.info.run_id, "status": run.info.status} | texts | metrics | rows.typed(texts)

@@ -88,9 +88,16 @@ def make_reference(spec: RunSpec, folder: Path, progress: Progress) -> None:
     build, _, _ = _load(spec, progress)
     progress("rendering the reference")
     _, decoded = _phases(build)
+    import torch
     from safetensors.torch import save_file
 
+    from diffusion_fast import onestep
+
     _save_image(_to_pil(decoded), folder)
+    progress("recording single steps")
+    steps = onestep.record(build)
+    onestep.add_floors(build, steps, {rung.numbers for rung in spool.read_ladder(folder.parent).rungs})
+    torch.save(steps, folder / spool.REFERENCE_STEPS)
     partial = folder / f".{spool.REFERENCE_IMAGE}"
     save_file({"image": decoded}, partial)
     spool.write_json(folder / "environment.json", _environment(spec, folder))
@@ -158,6 +165,8 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
         repeats = result.image_repeats and _bytes(_to_pil(decoded)) == _bytes(images[0])
         keep("comparing", phases=phases, image_repeats=repeats)
         fidelity = _fidelity(decoded, spool.reference_file(folder.parents[1]))
+        keep("comparing single steps", **fidelity)
+        fidelity["one_step"] = _one_step(build, folder.parents[1] / REFERENCE / spool.REFERENCE_STEPS)
         if spec.accuracy_prompts:
             keep(f"painting {spec.accuracy_prompts} held-out prompts", **fidelity)
             fidelity["accuracy"] = _accuracy(build, folder)
@@ -237,6 +246,17 @@ def _fidelity(image: Any, reference_file: Path) -> dict[str, Any]:
 
     found = compare(image, load_file(reference_file)["image"])
     return {"psnr_db": found.psnr_db, "ssim": found.ssim, "identical_to_reference": found.identical}
+
+
+def _one_step(build: Build, steps_file: Path) -> dict[str, Any]:
+    if not steps_file.is_file():
+        return {}
+    import torch
+
+    from diffusion_fast import onestep
+
+    steps = torch.load(steps_file, weights_only=True)
+    return onestep.compare(build.spec, onestep.replay(build, steps), steps)
 
 
 def _accuracy(build: Build, folder: Path) -> dict[str, float]:

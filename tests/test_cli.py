@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from diffusion_fast import ladder as climbing
-from diffusion_fast import spool
+from diffusion_fast import load_runs, spool
 from diffusion_fast.cli import main
 from diffusion_fast.spec import Outcome, RunSpec
 from tests.conftest import failure, keep, result
@@ -211,6 +211,29 @@ def test_until_adds_the_rounds_that_it_takes(
     again = invoke("ladder", "--no-track", "--ladder", "aa", "--until", "2%", "--max-rounds", str(most), "--resume")
     assert "0 of 10 rungs to measure in 5 rounds" in again.output
     assert len(list(spool.outcomes(folder))) == 2 * rounds
+
+
+def test_a_rung_that_lost_more_than_rounding_is_kept_marked_and_exit_code_1(
+    monkeypatch: pytest.MonkeyPatch, pretended: list[str], tmp_path: Path
+) -> None:
+    def launch(spec: RunSpec, folder: Path, timeout_s: float, shared_cache: Path | None) -> Outcome | None:
+        if spec.role == "reference":
+            return None
+        wrong = spec.recipe == "compile"
+        one_step = {"steps": [0, 3], "error": [0.01, 0.09 if wrong else 0.01], "floor": [0.01, 0.01], "ok": not wrong}
+        outcome = result(spec, one_step=one_step)
+        keep(folder, outcome)
+        return outcome
+
+    monkeypatch.setattr(climbing, "launch", launch)
+    done = invoke("ladder", "--ladder", "cpu")
+    assert done.exit_code == 1
+    assert "Warning: 01-compile loses more than rounding: a step's error is 9.0e-02, eager's is 1.0e-02" in done.output
+    assert "Error: 01-compile lost more than rounding" in done.output
+    frame = load_runs()
+    assert frame["fidelity_ok"].tolist() == [True, False, True]
+    assert frame["one_step_error_max"].tolist() == [0.01, 0.09, 0.01]
+    assert set(frame["status"]) == {"FINISHED"}
 
 
 @pytest.mark.parametrize("wrong", ["2", "0%", "two%", "200%"])

@@ -1,0 +1,121 @@
+"""How far one denoising step is from the reference's, when both start from the same latents.
+
+Over a whole trajectory rounding is amplified, and two good images may drift apart. A single step from given latents
+(teacher-forced) has the recipe's own error and nothing else; eager in the same number format is its floor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusion_fast.optimizations import OPTIMIZATIONS, Build
+from diffusion_fast.spec import RunSpec
+
+POINTS = 5  # steps of a trajectory that are looked at, the first and the last among them
+ALLOWED = 1.2  # times the floor, for a recipe that claims to lose nothing
+ROUNDING = 1e-5  # relative: fp32's own floor is nought, and sums in another order differ by about a tenth of this
+
+Step = dict[str, Any]  # "index", "args" and "kwargs" of the denoiser, "output", and by number format "eager"
+
+
+def record(build: Build) -> list[Step]:
+    """What the denoiser is given and what it gives, at POINTS steps of one call: tensors on the CPU."""
+    import torch
+
+    from diffusion_fast.pipeline import call
+
+    count = build.spec.steps
+    wanted = sorted({round(point * (count - 1) / max(POINTS - 1, 1)) for point in range(POINTS)})
+    found: list[Step] = []
+    index = -1
+
+    def note(_: Any, args: Any, kwargs: Any, output: Any) -> None:
+        nonlocal index
+        index += 1
+        if index in wanted:
+            kept = torch.utils._pytree.tree_map(lambda value: _moved(value, "cpu"), (args, kwargs, output[0]))
+            found.append({"index": index, "args": kept[0], "kwargs": kept[1], "output": kept[2], "eager": {}})
+
+    hook = build.denoiser.register_forward_hook(note, with_kwargs=True)
+    try:
+        call(build)
+    finally:
+        hook.remove()
+    return found
+
+
+def replay(build: Build, steps: list[Step]) -> list[Any]:
+    """The denoiser's outputs for recorded inputs, fp32 on the CPU. Raises RuntimeError rather than compile anew."""
+    import torch
+
+    device, dtype = build.pipe.device, build.denoiser.dtype
+    outputs = []
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for step in steps:
+            args, kwargs = torch.utils._pytree.tree_map(
+                lambda value: _moved(value, device, dtype), (step["args"], step["kwargs"])
+            )
+            outputs.append(build.denoiser(*args, **kwargs)[0].to("cpu", torch.float32, copy=True))
+    return outputs
+
+
+def add_floors(build: Build, steps: list[Step], formats: set[str]) -> None:
+    """Add to each step what the reference's denoiser gives in other number formats. Leaves it in one of them."""
+    import copy
+
+    import torch
+
+    from diffusion_fast.pipeline import no_tf32
+
+    denoiser = build.denoiser
+    if "tf32" in formats:
+        OPTIMIZATIONS["tf32"].apply(build)
+        _add(build, steps, "tf32")
+        no_tf32()
+    halves = sorted(formats - {"tf32", "float32"})
+    for name in halves:
+        # The last one is converted where it is: a large denoiser has no room beside itself.
+        other = denoiser if name == halves[-1] else copy.deepcopy(denoiser)
+        setattr(build.pipe, build.model.denoiser, other.to(getattr(torch, name)))
+        _add(build, steps, name)
+
+
+def _add(build: Build, steps: list[Step], name: str) -> None:
+    for step, output in zip(steps, replay(build, steps), strict=True):
+        step["eager"][name] = output
+
+
+def compare(spec: RunSpec, outputs: list[Any], steps: list[Step]) -> dict[str, Any]:
+    """Relative L2 errors at each step: of the outputs, of the floor, and of the outputs against the floor.
+
+    `ok`: no error is more than ALLOWED times its floor. A recipe that says it is lossy isn't judged (None).
+    """
+    error, floor, to_eager = [], [], []
+    for output, step in zip(outputs, steps, strict=True):
+        reference = step["output"]
+        eager = step["eager"].get(spec.numbers, reference)
+        error.append(_distance(output, reference))
+        floor.append(_distance(eager, reference))
+        to_eager.append(_distance(output, eager))
+    lossless = all(OPTIMIZATIONS[name].lossless for name in spec.optimizations)
+    within = all(each <= max(ALLOWED * least, ROUNDING) for each, least in zip(error, floor, strict=True))
+    return {
+        "steps": [step["index"] for step in steps],
+        "error": error,
+        "floor": floor,
+        "to_eager": to_eager,
+        "ok": within if lossless else None,
+    }
+
+
+def _distance(one: Any, other: Any) -> float:
+    return float((one.double() - other.double()).norm() / other.double().norm())
+
+
+def _moved(value: Any, device: Any, dtype: Any = None) -> Any:
+    """A tensor elsewhere; numbers alone, such as the time step, keep their type, for the scheduler gives them so."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(device, dtype if dtype and value.ndim and value.is_floating_point() else None, copy=True)

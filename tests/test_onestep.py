@@ -1,0 +1,116 @@
+"""Single denoising steps: the same from the same latents, and a recipe that loses more than rounding is found out."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from diffusion_fast import onestep, pipeline
+from diffusion_fast.optimizations import Build
+from diffusion_fast.spec import RunSpec
+from tests.conftest import H100, planned
+
+
+def build(spec: RunSpec) -> Build:
+    with torch.no_grad():
+        return pipeline.build_pipeline(spec, lambda _: None)[0]
+
+
+@pytest.fixture(scope="module")
+def recorded() -> list[onestep.Step]:
+    with torch.no_grad():
+        made = build(planned(steps=7).reference)
+        steps = onestep.record(made)
+        onestep.add_floors(made, steps, {"float32", "bfloat16"})
+    return steps
+
+
+def errors(spec: RunSpec, steps: list[onestep.Step], change: Any = None) -> dict[str, Any]:
+    made = build(spec)
+    with torch.no_grad():
+        if change is not None:
+            change(made.denoiser)
+        return onestep.compare(spec, onestep.replay(made, steps), steps)
+
+
+def spec(recipe: str) -> RunSpec:
+    return next(each for each in planned(steps=7).rungs if each.recipe == recipe)
+
+
+def test_five_steps_are_recorded_from_the_first_to_the_last(recorded: list[onestep.Step]) -> None:
+    assert [step["index"] for step in recorded] == [0, 2, 3, 4, 6]
+    assert len({float(step["args"][1]) for step in recorded}) == 5  # time steps
+    assert [step["output"].shape for step in recorded] == [(2, 4, 16, 16)] * 5
+    few = onestep.record(build(planned(steps=2).reference))
+    assert [step["index"] for step in few] == [0, 1]
+
+
+def test_the_reference_again_has_no_error(recorded: list[onestep.Step]) -> None:
+    found = errors(spec("baseline"), recorded)
+    assert (found["error"], found["floor"], found["ok"]) == ([0.0] * 5, [0.0] * 5, True)
+
+
+def test_half_precision_is_judged_by_eager_half_precision(recorded: list[onestep.Step]) -> None:
+    found = errors(spec("bf16"), recorded)
+    assert found["error"] == found["floor"]
+    assert all(0.001 < each < 0.05 for each in found["floor"])
+    sdpa = errors(spec("sdpa"), recorded)
+    assert sdpa["floor"] == found["floor"]
+    assert all(0 < each < 0.05 for each in sdpa["to_eager"])
+    assert (found["ok"], sdpa["ok"]) == (True, True)
+
+
+def test_what_loses_more_than_rounding_is_found_out(recorded: list[onestep.Step]) -> None:
+    def dim(denoiser: torch.nn.Module) -> None:
+        for parameter in denoiser.mid_block.parameters():  # type: ignore[union-attr, operator]
+            parameter *= 0.9
+
+    found = errors(spec("bf16"), recorded, dim)
+    assert found["ok"] is False
+    assert max(found["error"]) > 1.2 * max(found["floor"])
+    lossy = onestep.compare(spec("int8-dynamic"), [step["output"] * 1.1 for step in recorded], recorded)
+    assert lossy["ok"] is None
+    assert lossy["error"] == pytest.approx([0.1] * 5)
+
+
+@pytest.mark.parametrize(("factor", "ok"), [(1.19, True), (1.21, False)])
+def test_the_rule_is_1_2_times_the_floor_at_every_step(factor: float, ok: bool) -> None:
+    reference, off = torch.ones(4), torch.tensor([0.01, -0.01, 0.01, -0.01])
+    steps = [{"index": number, "output": reference, "eager": {"bfloat16": reference + off}} for number in (0, 1)]
+    found = onestep.compare(spec("bf16"), [reference + off, reference + factor * off], steps)
+    assert found["floor"] == pytest.approx([0.01, 0.01])
+    assert found["ok"] is ok
+
+
+@pytest.mark.parametrize(("error", "ok"), [(1e-6, True), (1e-4, False)])
+def test_fp32_has_rounding_for_a_floor(error: float, ok: bool) -> None:
+    steps = [{"index": 0, "output": torch.ones(4), "eager": {}}]
+    assert onestep.compare(spec("baseline"), [torch.full((4,), 1 + error)], steps)["ok"] is ok
+
+
+def test_tf32_is_a_number_format_of_its_own() -> None:
+    rungs = planned(device=H100, weights="random").rungs
+    assert [rung.numbers for rung in rungs[:3]] == ["tf32", "bfloat16", "bfloat16"]
+    assert spec("baseline").numbers == "float32"
+    with torch.no_grad():
+        made = build(planned(steps=2).reference)
+        steps = onestep.record(made)
+        onestep.add_floors(made, steps, {"tf32", "bfloat16", "float16"})
+    assert [sorted(step["eager"]) for step in steps] == [["bfloat16", "float16", "tf32"]] * 2
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cudnn.allow_tf32
+    half = [step["eager"]["float16"] - step["output"] for step in steps]
+    brain = [step["eager"]["bfloat16"] - step["output"] for step in steps]
+    assert all(one.norm() < other.norm() / 2 for one, other in zip(half, brain, strict=True))  # not cast by way of bf16
+
+
+def test_it_never_compiles_anew(recorded: list[onestep.Step]) -> None:
+    made = build(replace(spec("sdpa"), height=64, width=64))
+    torch._dynamo.reset()
+    made.denoiser.compile(fullgraph=True, backend="eager", dynamic=False)
+    with torch.no_grad():
+        pipeline.call(made)
+        with pytest.raises(RuntimeError, match="recompile"):
+            onestep.replay(made, recorded)
+    torch._dynamo.reset()
