@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 MIN_CALLS = 10
 MIN_SECONDS = 3.0
@@ -90,33 +92,60 @@ class PeakMemory:
         if self.device == "cpu":
             status = Path("/proc/self/status").read_text()
             kibibytes = int(status.partition("VmHWM:")[2].split()[0])
-            return {"peak_rss_gib": kibibytes * 1024 / GIB}
+            return {"peak_rss_gib": kibibytes * 1024 / GIB, "process_gib": psutil.Process().memory_info().rss / GIB}
         import torch
 
         return {
             "peak_allocated_gib": torch.cuda.max_memory_allocated() / GIB,
             "peak_reserved_gib": torch.cuda.max_memory_reserved() / GIB,
+            **_process_on_gpu(),
         }
 
 
-class Stopwatches:
-    """Time parts of a call by standing in for methods while it runs. The device is waited for at both ends of each."""
+def _process_on_gpu() -> dict[str, float]:
+    """What the driver says that this process holds, its context and kernels included; nothing where it doesn't say.
 
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = {}
+    In a container the driver may know processes by other numbers than they know themselves.
+    """
+    import pynvml
+    import torch
+
+    try:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+        held = {each.pid: each.usedGpuMemory for each in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
+    except pynvml.NVMLError:
+        return {}
+    return {"process_gib": held[os.getpid()] / GIB} if held.get(os.getpid()) else {}
+
+
+def now(device: str) -> float:
+    """Seconds, when the device has done all that it was given."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Stopwatches:
+    """Measure parts of a call by standing in for methods while it runs, by a clock, or whatever else counts up."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.totals: dict[str, float] = {}
         self.first_arguments: dict[str, Any] = {}
 
     @contextmanager
     def on(self, name: str, owner: Any, method: str) -> Iterator[None]:
-        """Within, calls of `owner.method` add to `seconds[name]`, and their first argument is kept."""
+        """Within, calls of `owner.method` add to `totals[name]`, and their first argument is kept."""
         original = getattr(owner, method)
         had_own = method in vars(owner)
 
         def stopped(*args: Any, **kwargs: Any) -> Any:
-            start = self.now()
+            start = self.clock()
             value = original(*args, **kwargs)
-            self.seconds[name] = self.seconds.get(name, 0.0) + self.now() - start
+            self.totals[name] = self.totals.get(name, 0.0) + self.clock() - start
             self.first_arguments[name] = args[0] if args else None
             return value
 
@@ -128,10 +157,3 @@ class Stopwatches:
                 setattr(owner, method, original)
             else:
                 delattr(owner, method)
-
-    def now(self) -> float:
-        if self.device == "cuda":
-            import torch
-
-            torch.cuda.synchronize()
-        return time.perf_counter()

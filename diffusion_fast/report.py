@@ -28,13 +28,14 @@ COLUMNS = (
     ("first_call_s", "first call s", "{:.1f}"),
     ("cache_state", "cache", "{}"),
     ("first_call_warm_s", "warm s", "{:.1f}"),
+    ("mfu", "MFU", "{:.1%}"),
     ("psnr_db", "PSNR dB", "{:.1f}"),
     ("ssim", "SSIM", "{:.4f}"),
     ("one_step_error_max", "step error", "{:.1e}"),
     ("prompt_accuracy", "prompts right", "{:.1%}"),
     ("rounds", "rounds", "{:g}"),
 )
-OPTIONAL = ("one_step_error_max", "prompt_accuracy", "first_call_warm_s", "rounds")  # shown where a rung has it
+OPTIONAL = ("mfu", "one_step_error_max", "prompt_accuracy", "first_call_warm_s", "rounds")  # shown where a rung has it
 MILLISECONDS = ("denoising_step_s", "vae_decode_s")
 NO_DIFFERENCE = "no difference seen"
 

@@ -25,6 +25,11 @@ METRICS = (
     "vae_decode_s",
     "postprocessing_s",
     "peak_memory_gib",
+    "weights_gib",
+    "tflop",
+    "mfu",
+    "floor_s",
+    "floor_percent",
     "psnr_db",
     "ssim",
     "one_step_error_max",
@@ -86,6 +91,7 @@ def metrics(outcome: Outcome, base: Result | None) -> dict[str, float]:
         "warmup_calls": float(len(outcome.warmup_s)),
         **outcome.phases,
         **outcome.memory,
+        **outcome.limits,
         "peak_memory_gib": outcome.peak_memory_gib,
     }
     if outcome.cache_state != "none":

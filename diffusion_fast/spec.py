@@ -169,6 +169,7 @@ class Result(_Json):
     ssim: float | None = None
     identical_to_reference: bool = False
     one_step: dict[str, Any] = field(default_factory=dict)  # errors of single denoising steps, see onestep.py
+    limits: dict[str, float] = field(default_factory=dict)  # what the device could do, see roofline.py
     accuracy: dict[str, float] = field(
         default_factory=dict
     )  # of the held-out prompts: right, prompts, accuracy, low, high

@@ -91,9 +91,11 @@ def make_reference(spec: RunSpec, folder: Path, progress: Progress) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from diffusion_fast import onestep
+    from diffusion_fast import onestep, roofline
 
     _save_image(_to_pil(decoded), folder)
+    progress("counting operations")
+    spool.write_json(folder / spool.REFERENCE_FLOPS, roofline.count_flops(build))
     progress("recording single steps")
     steps = onestep.record(build)
     onestep.add_floors(build, steps, {rung.numbers for rung in spool.read_ladder(folder.parent).rungs})
@@ -108,7 +110,7 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
     """The measurement itself, kept as soon as it is there. Raises whatever goes wrong before that."""
     cache_state = _cache_state(spec)
     build, applied, import_s = _load(spec, progress)
-    from diffusion_fast import measure
+    from diffusion_fast import measure, roofline
     from diffusion_fast.pipeline import call
 
     calibration_s = sum(account.get("calibration_s", 0.0) for account in applied.values())
@@ -160,13 +162,20 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
     try:
         keep("saving the image")
         _save_image(images[0], folder)
-        keep("splitting into phases", environment=_environment(spec, folder))
+        weights_gib = sum(roofline.weight_bytes(build).values()) / measure.GIB
+        keep(
+            "splitting into phases",
+            environment=_environment(spec, folder),
+            memory=memory | {"weights_gib": weights_gib},
+        )
         phases, decoded = _phases(build)
         repeats = result.image_repeats and _bytes(_to_pil(decoded)) == _bytes(images[0])
         keep("comparing", phases=phases, image_repeats=repeats)
         fidelity = _fidelity(decoded, spool.reference_file(folder.parents[1]))
         keep("comparing single steps", **fidelity)
         fidelity["one_step"] = _one_step(build, folder.parents[1] / REFERENCE / spool.REFERENCE_STEPS)
+        keep("measuring what the device can do", **fidelity)
+        fidelity["limits"] = _limits(build, folder.parents[1] / REFERENCE / spool.REFERENCE_FLOPS, median)
         if spec.accuracy_prompts:
             keep(f"painting {spec.accuracy_prompts} held-out prompts", **fidelity)
             fidelity["accuracy"] = _accuracy(build, folder)
@@ -215,23 +224,23 @@ def _phases(build: Build) -> tuple[dict[str, float], Any]:
     """
     import torch
 
-    from diffusion_fast.measure import Stopwatches
+    from diffusion_fast.measure import Stopwatches, now
     from diffusion_fast.pipeline import call
 
-    pipe = build.pipe
+    pipe, clock = build.pipe, functools.partial(now, build.spec.device)
     runs: list[dict[str, float]] = []
     for _ in range(PHASE_CALLS if build.spec.role != REFERENCE else 1):
-        watches = Stopwatches(build.spec.device)
+        watches = Stopwatches(clock)
         with ExitStack() as stack:
             stack.enter_context(watches.on("text_encoding_s", pipe, "encode_prompt"))
             stack.enter_context(watches.on("vae_decode_s", pipe.vae, "decode"))
             stack.enter_context(watches.on("postprocessing_s", pipe.image_processor, "postprocess"))
-            start = watches.now()
+            start = clock()
             call(build)
-            total = watches.now() - start
-        denoising = total - sum(watches.seconds.values())
+            total = clock() - start
+        denoising = total - sum(watches.totals.values())
         parts = {"denoising_s": denoising, "denoising_step_s": denoising / build.spec.steps}
-        runs.append(watches.seconds | parts)
+        runs.append(watches.totals | parts)
     decoded = watches.first_arguments["postprocessing_s"]
     image = pipe.image_processor.denormalize(decoded).to("cpu", torch.float32)
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}, image
@@ -257,6 +266,14 @@ def _one_step(build: Build, steps_file: Path) -> dict[str, Any]:
 
     steps = torch.load(steps_file, weights_only=True)
     return onestep.compare(build.spec, onestep.replay(build, steps), steps)
+
+
+def _limits(build: Build, flops_file: Path, latency_s: float) -> dict[str, float]:
+    if not flops_file.is_file():
+        return {}
+    from diffusion_fast import roofline
+
+    return roofline.limits(build, spool.read_json(flops_file), latency_s)
 
 
 def _accuracy(build: Build, folder: Path) -> dict[str, float]:

@@ -26,7 +26,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RunSpec, 
     folder = spool.run_folder(spool.save_ladder(tmp_path, ladder), ladder.rungs[0])
     folder.mkdir(parents=True)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8))
-    build = Build(models.MODELS["tiny"], ladder.rungs[0], pipe=SimpleNamespace())
+    build = Build(models.MODELS["tiny"], ladder.rungs[0], pipe=SimpleNamespace(components={}))
     monkeypatch.setattr(worker, "_load", lambda spec, progress: (build, {"int8": {"calibration_s": 1.0}}, 0.25))
 
     def call(build: Build) -> list[Any]:

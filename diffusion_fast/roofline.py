@@ -1,0 +1,107 @@
+"""How close a measurement comes to what the device can do: operations counted, ceilings measured.
+
+The model: Williams, Waterman and Patterson 2009, https://doi.org/10.1145/1498765.1498785
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+from diffusion_fast.measure import GIB, Stopwatches, timed
+from diffusion_fast.optimizations import Build
+
+PARTS = ("text_encoding", "denoising_step", "vae_decode")
+MATRIX = {"cuda": 8192, "cpu": 1024}  # rows of the square matrices: large enough to fill the device
+COPIED = {"cuda": GIB, "cpu": GIB // 4}  # bytes: more than any cache holds
+REPEATS = 10
+
+
+def count_flops(build: Build) -> dict[str, float]:
+    """Floating-point operations of a call's parts, by PARTS: of matmuls, convolutions and attention.
+
+    A multiplication and an addition are two. Counted while the eager pipeline makes one step, by
+    torch.utils.flop_counter, which can't look into a compiled graph.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from diffusion_fast.pipeline import call
+
+    pipe = build.pipe
+    with FlopCounterMode(display=False) as counter, ExitStack() as stack:
+        watches = Stopwatches(counter.get_total_flops)
+        stack.enter_context(watches.on("text_encoding", pipe, "encode_prompt"))
+        stack.enter_context(watches.on("denoising_step", build.denoiser, "forward"))
+        stack.enter_context(watches.on("vae_decode", pipe.vae, "decode"))
+        call(replace(build, spec=replace(build.spec, steps=1)))
+    return {part: float(watches.totals[part]) for part in PARTS}
+
+
+def ceilings(build: Build) -> dict[str, float]:
+    """What the device reaches in the recipe's dtype: TFLOP/s of a large matmul, GB/s of a large copy, in and out."""
+    import torch
+
+    device, dtype = build.spec.device, getattr(torch, build.dtype)
+    rows = MATRIX[device]
+    one, other = (torch.randn(rows, rows, device=device).to(dtype) for _ in range(2))
+    product_s = _median_s(lambda: one @ other, device)
+    source = torch.randint(256, (COPIED[device],), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copy_s = _median_s(lambda: target.copy_(source), device)
+    return {
+        "matmul_ceiling_tflops": 2 * rows**3 / product_s / 1e12,
+        "copy_ceiling_gbs": 2 * COPIED[device] / copy_s / 1e9,
+    }
+
+
+def _median_s(function: Any, device: str) -> float:
+    seconds = [timed(function, device)[0] for _ in range(REPEATS + 2)]
+    return statistics.median(seconds[2:])
+
+
+def weight_bytes(build: Build) -> dict[str, int]:
+    """Bytes of parameters and buffers by network, quantized ones as they are stored."""
+    return {name: sum(map(_bytes, _tensors(network))) for name, network in build.networks()}
+
+
+def _tensors(network: Any) -> Iterator[Any]:
+    yield from network.parameters()
+    yield from network.buffers()
+
+
+def _bytes(tensor: Any) -> int:
+    # A quantized weight is a tensor made of others: the numbers, their scales.
+    if hasattr(tensor, "__tensor_flatten__") and hasattr(tensor, "tensor_data_names"):
+        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return int(tensor.numel() * tensor.element_size())
+
+
+def limits(build: Build, flops: dict[str, float], latency_s: float) -> dict[str, float]:
+    """How much of the device a call of `latency_s` seconds uses.
+
+    `floor_s` is the sum over the call's parts of what takes longer, to compute them or to read their weights once.
+    """
+    found = ceilings(build)
+    calls = dict(zip(PARTS, (1, build.spec.steps, 1), strict=True))
+    sizes = weight_bytes(build)
+    of_denoiser, of_vae = sizes[build.model.denoiser], _bytes_of(build.pipe.vae.decoder)
+    read = dict(zip(PARTS, (sum(sizes.values()) - of_denoiser - sizes["vae"], of_denoiser, of_vae), strict=True))
+    total = sum(flops[part] * calls[part] for part in PARTS)
+    floor_s = sum(
+        calls[part]
+        * max(flops[part] / found["matmul_ceiling_tflops"] / 1e12, read[part] / found["copy_ceiling_gbs"] / 1e9)
+        for part in PARTS
+    )
+    return found | {
+        "tflop": total / 1e12,
+        "mfu": total / latency_s / 1e12 / found["matmul_ceiling_tflops"],
+        "floor_s": floor_s,
+        "floor_percent": 100 * floor_s / latency_s,
+    }
+
+
+def _bytes_of(network: Any) -> int:
+    return sum(map(_bytes, _tensors(network)))

@@ -1,0 +1,96 @@
+"""Operations counted, ceilings measured, weights weighed."""
+
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from diffusion_fast import pipeline, roofline
+from diffusion_fast.models import MODELS, PACKAGE
+from diffusion_fast.optimizations import Build
+from tests.conftest import H100, planned
+
+
+def test_sdxl_takes_13_5_tflop_a_step_with_guidance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At full size and without a byte of weights: on the device that has shapes alone."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    def config(name: str) -> dict[str, Any]:
+        data: dict[str, Any] = json.loads((PACKAGE / "configs" / MODELS["sdxl"].configs / f"{name}.json").read_text())
+        return data
+
+    with torch.device("meta"):
+        unet, vae = UNet2DConditionModel.from_config(config("unet")), AutoencoderKL.from_config(config("vae"))
+        unet.set_default_attn_processor()
+    spec = planned(device=H100, model="sdxl", weights="random").reference
+    build = Build(MODELS["sdxl"], spec, pipe=SimpleNamespace(unet=unet, vae=vae, encode_prompt=lambda: None))
+
+    def call(build: Build) -> None:
+        assert build.spec.steps == 1
+        with torch.device("meta"), torch.no_grad():
+            build.pipe.encode_prompt()
+            more = {"text_embeds": torch.empty(2, 1280), "time_ids": torch.empty(2, 6)}
+            text = torch.empty(2, 77, 2048)
+            build.pipe.unet(torch.empty(2, 4, 128, 128), torch.empty(()), text, added_cond_kwargs=more)
+            build.pipe.vae.decode(torch.empty(1, 4, 128, 128))
+
+    monkeypatch.setattr(pipeline, "call", call)
+    found = roofline.count_flops(build)
+    assert found["denoising_step"] == pytest.approx(13.52e12, rel=0.001)
+    assert found["vae_decode"] == pytest.approx(10.47e12, rel=0.001)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Build:
+    with torch.no_grad():
+        return pipeline.build_pipeline(planned(steps=3).reference, lambda _: None)[0]
+
+
+def test_a_real_call_is_counted_by_parts_whatever_its_steps(tiny: Build) -> None:
+    with torch.no_grad():
+        found = roofline.count_flops(tiny)
+    assert set(found) == set(roofline.PARTS)
+    # A step of the UNet is 0.377 GFLOP an image, here two for guidance. For no prompt SDXL takes noughts.
+    assert found["denoising_step"] == pytest.approx(2 * 0.377e9, rel=0.01)
+    assert found["text_encoding"] == pytest.approx(0.0545e9, rel=0.01)
+    assert found["vae_decode"] > 1e9
+
+
+def test_weights_are_weighed_as_they_are_stored(tiny: Build) -> None:
+    sizes = roofline.weight_bytes(tiny)
+    parameters = sum(parameter.numel() for parameter in tiny.denoiser.parameters())
+    assert sizes["unet"] == 4 * parameters
+    assert set(sizes) == {"unet", "vae", "text_encoder", "text_encoder_2"}
+
+
+def test_a_quantized_weight_is_its_numbers_and_scales() -> None:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    network = torch.nn.Sequential(torch.nn.Linear(64, 32, bias=False, dtype=torch.bfloat16))
+    before = roofline._bytes_of(network)
+    quantize_(network, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+    after = roofline._bytes_of(network)
+    assert before == 2 * 64 * 32
+    assert 64 * 32 <= after <= 64 * 32 + 32 * 16  # and a scale, perhaps a zero point, a row
+
+
+def test_the_floor_is_what_takes_longer_and_the_utilisation_a_share(
+    tiny: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roofline, "ceilings", lambda build: {"matmul_ceiling_tflops": 1.0, "copy_ceiling_gbs": 1.0})
+    flops = {"text_encoding": 0.0, "denoising_step": 0.1e12, "vae_decode": 0.5e12}
+    found = roofline.limits(tiny, flops, latency_s=2.0)
+    sizes = roofline.weight_bytes(tiny)
+    text_s = (sizes["text_encoder"] + sizes["text_encoder_2"]) / 1e9  # nothing to compute, and weights to read
+    assert found["tflop"] == pytest.approx(0.8)
+    assert found["mfu"] == pytest.approx(0.4)
+    assert found["floor_s"] == pytest.approx(0.8 + text_s)
+    assert found["floor_percent"] == pytest.approx(50 * (0.8 + text_s))
+
+
+def test_ceilings_are_rates_of_this_device(tiny: Build) -> None:
+    found = roofline.ceilings(tiny)
+    assert 0.001 < found["matmul_ceiling_tflops"] < 1000
+    assert 0.1 < found["copy_ceiling_gbs"] < 10_000
