@@ -37,6 +37,7 @@ COLUMNS = (
 )
 OPTIONAL = ("mfu", "one_step_error_max", "prompt_accuracy", "first_call_warm_s", "rounds")  # shown where a rung has it
 MILLISECONDS = ("denoising_step_s", "vae_decode_s")
+OTHERS = 0.1  # of all cores: what a tenth of a CPU did beside the measurement is worth a warning
 NO_DIFFERENCE = "no difference seen"
 
 
@@ -223,6 +224,14 @@ def warnings(frame: pd.DataFrame) -> list[str]:
             found.append(f"{row['rung']} was still getting faster or slower by more than 5% when it was measured")
         if row.get("image_repeats") is False:
             found.append(f"{row['rung']} made different images from the same seed")
+        if row.get("recompilations", 0) > 0 or row.get("cuda_graph_captures", 0) > 0:
+            found.append(f"{row['rung']} compiled, or captured a CUDA graph, while it was measured")
+        if row.get("others_cpu_share", 0) > OTHERS:
+            found.append(f"others used {row['others_cpu_share']:.0%} of the CPU while {row['rung']} was measured")
+        if row.get("gpu_processes", 0) > 1:
+            found.append(f"another process was on the GPU while {row['rung']} was measured")
+        if row.get("held_back"):
+            found.append(f"the GPU was held back ({row['held_back']}) while {row['rung']} was measured")
         if failed := row.get("failed_rounds"):
             found.append(f"{row['rung']} failed in {failed:g} of its {failed + row['rounds']:g} rounds")
         if row.get("fidelity_ok") is False:

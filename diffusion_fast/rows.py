@@ -92,6 +92,7 @@ def metrics(outcome: Outcome, base: Result | None) -> dict[str, float]:
         **outcome.phases,
         **outcome.memory,
         **outcome.limits,
+        **{name: value for name, value in outcome.surroundings.items() if not isinstance(value, str)},
         "peak_memory_gib": outcome.peak_memory_gib,
     }
     if outcome.cache_state != "none":
@@ -173,6 +174,7 @@ def labels(outcome: Outcome, base: Result | None) -> dict[str, str]:
         "image_repeats": str(outcome.image_repeats),
         "identical_to_reference": str(outcome.identical_to_reference),
         **({} if outcome.fidelity_ok is None else {"fidelity_ok": str(outcome.fidelity_ok)}),
+        **{name: value for name, value in outcome.surroundings.items() if isinstance(value, str)},
         "pipeline_cls": outcome.pipeline_cls,
         "ckpt_id": outcome.ckpt_id,
         "problem": outcome.problem,

@@ -164,7 +164,8 @@ class Result(_Json):
     latency_p90_s: float
     phases: dict[str, float]
     memory: dict[str, float]
-    image_repeats: bool  # every timed call, and the call that was split into phases, made the same image
+    surroundings: dict[str, Any] = field(default_factory=dict)  # of the timed calls, see watch.py
+    image_repeats: bool = True  # every timed call, and the call that was split into phases, made the same image
     psnr_db: float | None = None  # None: identical to the reference (infinite), or there is no reference
     ssim: float | None = None
     identical_to_reference: bool = False

@@ -112,10 +112,12 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
     build, applied, import_s = _load(spec, progress)
     from diffusion_fast import measure, roofline
     from diffusion_fast.pipeline import call
+    from diffusion_fast.watch import Watch
 
     calibration_s = sum(account.get("calibration_s", 0.0) for account in applied.values())
     load_s = process_age_s() - import_s - calibration_s
 
+    watch = Watch(spec.device)
     progress("first call" if cache_state == "none" else f"first call, {cache_state} compile cache")
     first_call_s, _ = measure.timed(lambda: call(build), spec.device)
     measure.release_memory(spec.device)  # what loading and compiling left reserved isn't the recipe's
@@ -127,8 +129,10 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
     progress("measuring")
     gc.collect()
     peak = measure.PeakMemory(spec.device)
-    samples_s, images = measure.samples(lambda: call(build), spec.device)
+    with watch:
+        samples_s, images = measure.samples(lambda: call(build), spec.device)
     memory = peak.read()
+    _refuse_broken(images)
     median, p10, p90 = measure.quantiles(samples_s)
     result = Result(
         spec=spec,
@@ -148,6 +152,7 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
         latency_p90_s=p90,
         phases={},
         memory=memory,
+        surroundings=watch.account(spec.batch_size * len(samples_s)),
         image_repeats=len({_bytes(batch) for batch in images}) == 1,
     )
 
@@ -184,6 +189,12 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
         traceback.print_exc()
         result = replace(result, problem=f"{progress.stage}: {type(error).__name__}: {error}")
     return result
+
+
+def _refuse_broken(batches: list[list[Any]]) -> None:
+    """An image that is black all over is what NaN becomes: whatever took so long was no denoising."""
+    if any(not image.getbbox() for batch in batches for image in batch):
+        raise RuntimeError("an image is black all over: its latents were not finite, or the recipe broke the model")
 
 
 def _cache_state(spec: RunSpec) -> Literal["none", "cold", "warm", "shared"]:

@@ -66,8 +66,9 @@ def test_only_tracking_imports_mlflow() -> None:
 def test_imports_go_one_way() -> None:
     """Each module imports only modules that stand before it."""
     order = (
-        "spec world models recipes inductor optimizations plan spool rows fidelity measure environment draw judge "
-        "accuracy pipeline onestep roofline worker launch ladder stats check report view tracking console cli __main__"
+        "spec world models recipes inductor optimizations plan spool rows fidelity measure watch environment draw "
+        "judge accuracy pipeline onestep roofline worker launch ladder stats check report view tracking console cli "
+        "__main__"
     ).split()
     for path in PACKAGE.glob("*.py"):
         if path.stem == "__init__":

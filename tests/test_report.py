@@ -154,6 +154,25 @@ def test_rounds_that_failed_are_told(tmp_path: Path) -> None:
     report.plot(frame, tmp_path / "plot.png")
 
 
+def test_what_went_on_beside_a_measurement_is_told(tmp_path: Path) -> None:
+    ladder = planned()
+    folder = spool.save_ladder(tmp_path, ladder)
+    beside = (
+        {"others_cpu_share": 0.05, "recompilations": 0.0, "cuda_graphs": 2.0, "cuda_graph_captures": 0.0},
+        {"others_cpu_share": 0.25},
+        {"recompilations": 1.0},
+        {"gpu_processes": 2.0, "held_back": "power cap"},
+    )
+    for spec, surroundings in zip(ladder.rungs, beside, strict=False):
+        keep(folder, result(spec, surroundings=surroundings))
+    assert report.warnings(report.from_spool(folder)) == [
+        "others used 25% of the CPU while 01-bf16 was measured",
+        "02-sdpa compiled, or captured a CUDA graph, while it was measured",
+        "another process was on the GPU while 03-compile was measured",
+        "the GPU was held back (power cap) while 03-compile was measured",
+    ]
+
+
 def on_another_machine(folder: Path) -> Path:
     """A spooled ladder that was resumed elsewhere."""
     ladder = planned()

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from diffusion_fast import models, pipeline, spool, worker, world
 from diffusion_fast.draw import arrange, draw
 from diffusion_fast.optimizations import Build
-from diffusion_fast.spec import Result, RunSpec
+from diffusion_fast.spec import Failure, Result, RunSpec
 from tests.conftest import planned
 
 
@@ -69,6 +69,17 @@ def test_a_measurement_has_its_samples_its_image_and_its_fidelity(prepared: tupl
     assert (result.problem, result.image_repeats, result.warmed_up) == ("", True, True)
     assert (folder / "image.png").is_file()
     assert 50_000 < (folder / "image.jpg").stat().st_size <= 200_000  # noise hardly compresses
+
+
+def test_a_black_image_is_a_failure(prepared: tuple[RunSpec, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "call", lambda build: [Image.new("RGB", (64, 64))])
+    spec, folder = prepared
+    spool.write_json(folder / spool.SPEC, spec.to_dict())
+    monkeypatch.setattr(worker, "Progress", lambda folder: Silent())
+    assert worker.main(folder) == 1
+    outcome = spool.read_outcome(folder)
+    assert isinstance(outcome, Failure)
+    assert "an image is black all over" in outcome.message
 
 
 def test_held_out_prompts_are_painted_and_judged(prepared: tuple[RunSpec, Path]) -> None:
