@@ -22,7 +22,7 @@ from diffusion_fast import ladder as climbing
 from diffusion_fast.console import fail
 from diffusion_fast.models import MODELS, WeightsUnreachableError, check_weights
 from diffusion_fast.optimizations import OPTIMIZATIONS
-from diffusion_fast.recipes import LADDERS
+from diffusion_fast.recipes import AA, LADDERS
 from diffusion_fast.spec import Recipe
 
 UNTIL_ROUNDS = 5  # planned by --until at least: of fewer, the spread is so ill known that many would be added
@@ -304,17 +304,21 @@ def report(
             frame, notes = reporting.from_spool(found[-1], across), spool.read_ladder(found[-1]).notes
             if not len(frame):
                 raise ValueError(f"No rung of {found[-1].name} has an outcome yet.")
+            floors = reporting.floors_in(found[-1].parent)
         else:
             from diffusion_fast.tracking import TrackingError, load_runs
 
             try:
-                frame, notes = reporting.one_ladder(load_runs(experiment, tracking_uri), ladder_id, across), ()
+                runs = load_runs(experiment, tracking_uri)
             except TrackingError as error:
                 fail(f"MLflow could not be read: {error}", 1)
+            frame, notes = reporting.one_ladder(runs, ladder_id, across), ()
+            floors = reporting.floors_of(runs)
         if clauses := reporting.refused(frame):
             raise ValueError(f"{'; '.join(clauses)}: --across makes ratios of them nevertheless.")
-    console.show(frame)
-    for path in reporting.write(frame, output, notes):
+    floor = reporting.noise_floor(frame, floors)
+    console.show(frame, floor)
+    for path in reporting.write(frame, output, (*notes, *filter(None, [floor]))):
         click.echo(path)
 
 
@@ -344,7 +348,7 @@ def check(
             ]
         except TrackingError as error:
             fail(f"MLflow could not be read: {error}", 1)
-        again = {recipe.name for recipe in LADDERS["aa"]}
+        again = {recipe.name for recipe in LADDERS[AA]}
         aa = [row for row in rows[2] if row["recipe"] in again]
         verdict = checking.check(rows[0], rows[1], aa, max_slowdown, across)
     click.echo(verdict.sentence)

@@ -70,7 +70,7 @@ def climb(
 
     frame = report.from_spool(folder)
     if len(frame):
-        show(frame)
+        show(frame, report.noise_floor(frame, report.floors_in(folder.parent)))
     failed = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
     lossy = sorted({each.spec.rung for each in outcomes if isinstance(each, Result) and each.fidelity_ok is False})
     if recorder is not None:
@@ -162,7 +162,8 @@ def _ended(spec: RunSpec, outcome: Outcome | None, recorder: Recorder | None) ->
         recorder.rung_ended()
 
 
-def show(frame: pd.DataFrame) -> None:
+def show(frame: pd.DataFrame, floor: str = "") -> None:
+    """The table, what must be known of single rungs, and the noise floor where it is known."""
     from rich.console import Console
 
     from diffusion_fast import report
@@ -172,6 +173,8 @@ def show(frame: pd.DataFrame) -> None:
     console.print(report.table(frame))
     for warning in report.warnings(frame):
         click.echo(f"Warning: {warning}")
+    if floor:
+        click.echo(f"Note: {floor}")
 
 
 def tell_link(recorded: Recorded) -> None:

@@ -25,10 +25,11 @@ DEFAULT_MODE = tuple(
     for recipe in (COMPILE, FUSED_QKV, INT8_DYNAMIC)
 )
 
+AA = "aa"
 LADDERS: dict[str, tuple[Recipe, ...]] = {
     "progressive": PROGRESSIVE,
     "progressive-modes": (*PROGRESSIVE, *DEFAULT_MODE),
     "cpu": (SDPA, COMPILE, FUSED_QKV),  # its three experiments on a CPU
     # One recipe under two names: what differs between them is the noise of the machine.
-    "aa": (Recipe("a", SDPA.optimizations), Recipe("b", SDPA.optimizations)),
+    AA: (Recipe("a", SDPA.optimizations), Recipe("b", SDPA.optimizations)),
 }

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_fast import rows, spool, stats
+from diffusion_fast import check, rows, spool, stats
+from diffusion_fast.recipes import AA, LADDERS
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,15 +135,49 @@ def log_ratios(frame: pd.DataFrame) -> dict[str, dict[int, float]]:
     return found
 
 
+def noise_floor(frame: pd.DataFrame, others: Iterable[pd.DataFrame]) -> str:
+    """What this machine's noise is, by the newest of `others`, measurements of ladders `aa` of several rounds.
+
+    Empty where none of them has the machine, versions and settings of the table.
+    """
+    names = (*check.SAME, *check.FINGERPRINT)
+    here = {name: frame.iloc[0].get(name) for name in names}
+    said = ""
+    for other in others:
+        rungs = records(summarize(other))
+        if len(rungs) == 2 and "speedup_low" in rungs[1] and all(rungs[1].get(name) == here[name] for name in names):
+            low, ratio, high = (rungs[1][name] for name in ("speedup_low", "speedup", "speedup_high"))
+            said = (
+                f"noise floor: the same recipe twice came to {ratio:.3f}× ({low:.3f}–{high:.3f}) in "
+                f"{rungs[1]['rounds']} rounds of {rungs[1]['ladder_id']}"
+            )
+    return said
+
+
+def floors_in(root: Path) -> list[pd.DataFrame]:
+    """The measurements of the ladders `aa` in a spool, oldest first."""
+    return [measurements(folder) for folder in spool.find_ladders(root) if spool.read_ladder(folder).name == AA]
+
+
+def floors_of(frame: pd.DataFrame) -> list[pd.DataFrame]:
+    """Likewise, of rows as `load_runs()` has them."""
+    again = frame[frame["recipe"].isin([recipe.name for recipe in LADDERS[AA]])]
+    return [_last_of_each(rows) for _, rows in again.groupby("ladder_id")]
+
+
 def one_ladder(frame: pd.DataFrame, ladder_id: str | None = None, across: bool = False) -> pd.DataFrame:
     """The rows of one ladder, the newest by default, one a rung. Raises ValueError where there is none."""
     known = sorted(frame["ladder_id"].unique()) if len(frame) else []
     if not known or (ladder_id and ladder_id not in known):
         raise ValueError(f"There is no ladder {ladder_id or ''} here; known are: {', '.join(known) or 'none'}.")
-    rungs = frame[(frame["ladder_id"] == (ladder_id or known[-1])) & frame["status"].isin(["FAILED", "FINISHED"])]
-    # Of several attempts the last one that finished counts: "FINISHED" sorts after "FAILED".
-    ordered = rungs.sort_values(["rung", "round", "status", "attempt"])
-    return summarize(ordered.drop_duplicates(["rung", "round"], keep="last").reset_index(drop=True), across)
+    return summarize(_last_of_each(frame[frame["ladder_id"] == (ladder_id or known[-1])]), across)
+
+
+def _last_of_each(frame: pd.DataFrame) -> pd.DataFrame:
+    """Of several attempts at a rung and round the last one that finished, or else that failed."""
+    ended = frame[frame["status"].isin(["FAILED", "FINISHED"])]
+    ordered = ended.sort_values(["rung", "round", "status", "attempt"])  # "FINISHED" sorts after "FAILED"
+    return ordered.drop_duplicates(["rung", "round"], keep="last").reset_index(drop=True)
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:

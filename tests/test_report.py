@@ -173,6 +173,31 @@ def test_what_went_on_beside_a_measurement_is_told(tmp_path: Path) -> None:
     ]
 
 
+def aa_ladder(folder: Path, seconds: list[tuple[float, float]], **settings: int) -> Path:
+    ladder = planned("aa", **settings)
+    made = spool.save_ladder(folder, ladder)
+    for number, pair in enumerate(seconds, 1):
+        for spec, each in zip(ladder.rungs, pair, strict=True):
+            keep(made, result(replace(spec, round=number, planned_rounds=len(seconds)), each))
+    return made
+
+
+def test_the_noise_floor_is_that_of_the_newest_ladder_aa_like_this_one(tmp_path: Path) -> None:
+    folder = in_rounds(tmp_path, {"baseline": [1.0, 1.0], "bf16": [0.5, 0.5]})
+    frame = report.from_spool(folder)
+    assert report.noise_floor(frame, report.floors_in(tmp_path)) == ""
+    older = aa_ladder(tmp_path, [(1.0, 1.2), (1.0, 1.3)])
+    older.rename(tmp_path / "20250101-000000")
+    newest = aa_ladder(tmp_path, [(1.0, 1.0), (1.0, 1.01), (1.0, 0.99)])
+    aa_ladder(tmp_path, [(1.0, 1.0), (1.0, 2.0)], steps=7).rename(tmp_path / "20990101-000000")  # of other settings
+    aa_ladder(tmp_path, [(1.0, 1.0)]).rename(tmp_path / "20990101-000001")  # one round: no interval
+    said = report.noise_floor(frame, report.floors_in(tmp_path))
+    assert said == f"noise floor: the same recipe twice came to 1.000× (0.975–1.025) in 3 rounds of {newest.name}"
+    done = CliRunner().invoke(main, ["report", str(folder), "--output", str(tmp_path / "out")])
+    assert f"Note: {said}" in done.output
+    assert f"Note: {said}." in (tmp_path / "out" / "report.md").read_text()
+
+
 def on_another_machine(folder: Path) -> Path:
     """A spooled ladder that was resumed elsewhere."""
     ladder = planned()
