@@ -28,21 +28,26 @@ def mean_ratio(log_ratios: Mapping[int, float], planned: int) -> Ratio:
     """The mean log ratio over rounds (numbered from 1), with Student's t interval.
 
     Ratios are taken within rounds, so that what a machine does to all rungs of a round falls out, and in logs, where
-    "twice as fast" and "twice as slow" are equally far from 1. Rounds after the first `planned` were added because of
-    these, by `rounds_needed`: then the spread is that of the planned ones alone, which is what makes the interval hold
-    though it was looked at (Stein 1945, https://doi.org/10.1214/aoms/1177731088).
+    "twice as fast" and "twice as slow" are equally far from 1.
+
+    Rounds after the first `planned` were added because of these, by `rounds_needed`. The spread of the planned ones
+    alone then makes an interval that holds though it was looked at (Stein 1945,
+    https://doi.org/10.1214/aoms/1177731088), as long as the noise stays what it was; where it grew, the spread of all
+    rounds tells. The wider interval counts.
     """
     import numpy as np
     from scipy import stats
 
-    mean = float(np.mean(list(log_ratios.values())))
-    spread_of = _planned(log_ratios, planned)
-    if len(spread_of) < 2:
-        return Ratio(math.exp(mean), len(log_ratios))
-    scale = float(np.std(spread_of, ddof=1)) / math.sqrt(len(log_ratios))
-    # Rounds that agree to the last digit leave scipy no distribution.
-    low, high = stats.t.interval(CONFIDENCE, len(spread_of) - 1, mean, scale) if scale > 0 else (mean, mean)
-    return Ratio(math.exp(mean), len(log_ratios), math.exp(low), math.exp(high))
+    everything = list(log_ratios.values())
+    mean = float(np.mean(everything))
+    at_first = _planned(log_ratios, planned)
+    if len(at_first) < 2:
+        return Ratio(math.exp(mean), len(everything))
+    half = max(
+        float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(spread_of) - 1) * np.std(spread_of, ddof=1))
+        for spread_of in (at_first, everything)
+    ) / math.sqrt(len(everything))
+    return Ratio(math.exp(mean), len(everything), math.exp(mean - half), math.exp(mean + half))
 
 
 def rounds_needed(log_ratios: Mapping[int, float], planned: int, until: float) -> int:
