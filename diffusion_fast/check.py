@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -49,6 +50,10 @@ def check(
             more = ": --across compares them nevertheless" if name in FINGERPRINT else ""
             raise ValueError(f"The measurements differ in {name} ({' and '.join(values)}){more}.")
 
+    theirs, ours = ({_name(row) for row in rows} for rows in sides.values())
+    if shared := ours & theirs:
+        raise ValueError(f"Baseline and candidate share {len(shared)} of their runs: make the queries tell them apart.")
+
     one = sides["baseline"][0]
     alike = [row for row in _finished(aa) if all(row.get(name) == one.get(name) for name in (*SAME, *FINGERPRINT))]
     ratio, how = _paired(**sides) or _unpaired(**sides, aa=alike)
@@ -68,6 +73,10 @@ def check(
     return Verdict("unknown", f"{said}: can't tell whether that is more than {allowed}.")
 
 
+def _name(row: Row) -> tuple[Any, ...]:
+    return tuple(row[part] for part in ("ladder_id", "rung", "round", "attempt"))
+
+
 def _finished(rows: Sequence[Row]) -> list[Row]:
     """Of several attempts at a measurement the last that finished."""
     ordered = sorted((row for row in rows if row["status"] == "FINISHED"), key=lambda row: int(row["attempt"]))
@@ -78,7 +87,7 @@ def _paired(baseline: list[Row], candidate: list[Row]) -> tuple[stats.Ratio, str
     """The ratio within rounds that both sides have, if these are at least two."""
     theirs = {(row["ladder_id"], row["round"]): row for row in baseline}
     both = [(row, theirs[key]) for row in candidate if (key := (row["ladder_id"], row["round"])) in theirs]
-    if len(both) < 2 or any(ours is other for ours, other in both):
+    if len(both) < 2:
         return None
     ladders = {row["ladder_id"] for row, _ in both}
     planned = max(row["planned_rounds"] for row, _ in both) if len(ladders) == 1 else len(both)
@@ -94,15 +103,23 @@ def _unpaired(baseline: list[Row], candidate: list[Row], aa: list[Row]) -> tuple
     counts = f"{len(ours)} and {len(theirs)} ladders"
     if len(ours) > 1 and len(theirs) > 1:
         return stats.ratio_of_two(ours, theirs), f"{counts}, Welch's t"
+    if several := [side for side in (ours, theirs) if len(side) > 1]:
+        return stats.ratio_by_known_spread(ours, theirs, several), f"{counts}, by the spread of the several"
+    # A ladder of more rounds varies less: only as many of an `aa` count as these ladders have.
+    rounds = min(Counter(row["ladder_id"] for row in (*baseline, *candidate)).values())
+    enough = {key for key, number in Counter((row["rung"], row["ladder_id"]) for row in aa).items() if number >= rounds}
+    first = [row for row in aa if row["round"] <= rounds and (row["rung"], row["ladder_id"]) in enough]
     known = [
-        list(_by_ladder([row for row in aa if row["rung"] == rung]).values()) for rung in {row["rung"] for row in aa}
+        list(_by_ladder([row for row in first if row["rung"] == rung]).values())
+        for rung in {row["rung"] for row in first}
     ]
     known = [logs for logs in known if len(logs) > 1]
     if not known:
         return (
             stats.Ratio(math.exp(statistics.mean(ours) - statistics.mean(theirs)), 1),
             "they share no two rounds, one ladder says nothing of the spread between ladders, and no two ladders `aa` "
-            "of this machine and these settings tell it: run `diffusion-fast ladder --ladder aa` several times",
+            "of this machine, these settings and as many rounds tell it: run `diffusion-fast ladder --ladder aa` "
+            "several times, with the same model, steps and sizes",
         )
     ratio = stats.ratio_by_known_spread(ours, theirs, known)
     return ratio, f"{counts}, the spread between ladders from {max(map(len, known))} ladders `aa`"

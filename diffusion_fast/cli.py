@@ -255,6 +255,9 @@ def _measure(
                 guidance_scale=guidance,
                 **settings,
             )
+            first = rounds if until is None else max(rounds, UNTIL_ROUNDS)
+            if until is not None and max_rounds < first:
+                raise ValueError(f"--until plans {first} rounds, and --max-rounds {max_rounds} is less.")
             found = plan.find_model(model)
             planned = plan.plan_ladder(name, recipes, found, device, chosen, notes)
             for each in only:
@@ -272,8 +275,7 @@ def _measure(
                 raise ValueError(f"--spool {root} can't be written to: {error}.") from error
             held.enter_context(spool.alone(folder))
         recorder = None if no_track else console.Recorder(folder, experiment, tracking_uri)
-        first = rounds if until is None else max(rounds, UNTIL_ROUNDS)
-        console.climb(folder, only, timeout, cache_dir, recorder, console.Rounds(first, until, max(max_rounds, first)))
+        console.climb(folder, only, timeout, cache_dir, recorder, console.Rounds(first, until, max_rounds))
 
 
 @main.command()
@@ -331,7 +333,7 @@ def report(
 def check(
     baseline: str,
     candidate: str,
-    max_slowdown: float,
+    max_slowdown: float | None,
     across: bool,
     experiment: str | None,
     tracking_uri: str | None,
@@ -347,9 +349,11 @@ def check(
                 reporting.records(load_runs(experiment, tracking_uri, query)) for query in (baseline, candidate, "")
             ]
         except TrackingError as error:
-            fail(f"MLflow could not be read: {error}", 1)
+            fail(f"MLflow could not be read: {error}", 2)  # 1 would say that it is slower
+        if max_slowdown is None:
+            raise ValueError("--max-slowdown is a percentage such as 3%.")
         again = {recipe.name for recipe in LADDERS[AA]}
-        aa = [row for row in rows[2] if row["recipe"] in again]
+        aa = [row for row in rows[2] if row.get("recipe") in again]
         verdict = checking.check(rows[0], rows[1], aa, max_slowdown, across)
     click.echo(verdict.sentence)
     sys.exit({"ok": 0, "slower": 1, "unknown": 3}[verdict.outcome])

@@ -58,9 +58,12 @@ def climb(
     try:
         outcomes = measure(todo)
         if rounds.until is not None:
-            failed_rungs = {outcome.spec.rung for outcome in outcomes if isinstance(outcome, Failure)}
-            more = climbing.missing(folder, only, rounds=_enough(folder, rounds), planned=rounds.planned)
-            outcomes += measure([spec for spec in more if spec.rung not in failed_rungs])
+            enough = rounds.planned
+            while (more := _enough(folder, rounds)) > enough:
+                enough = more
+                failed_rungs = {outcome.spec.rung for outcome in outcomes if isinstance(outcome, Failure)}
+                added = climbing.missing(folder, only, rounds=enough, planned=rounds.planned)
+                outcomes += measure([spec for spec in added if spec.rung not in failed_rungs])
     except KeyboardInterrupt:
         if recorder is not None:
             recorder.finish(interrupted=True)
@@ -72,7 +75,8 @@ def climb(
     if len(frame):
         show(frame, report.noise_floor(frame, report.floors_in(folder.parent)))
     failed = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
-    lossy = sorted({each.spec.rung for each in outcomes if isinstance(each, Result) and each.fidelity_ok is False})
+    last = spool.last_outcomes(folder).values()
+    lossy = sorted({each.spec.rung for each in last if isinstance(each, Result) and each.fidelity_ok is False})
     if recorder is not None:
         recorder.finish()
     if failed:
@@ -92,21 +96,19 @@ class Rounds:
 
 
 def _enough(folder: Path, rounds: Rounds) -> int:
-    """The rounds that `until` takes, by what the planned ones say, but not more than `most`."""
+    """The rounds that `until` takes, by what is known so far, but not more than `most`."""
     from diffusion_fast import report, stats
 
     assert rounds.until is not None
     needed = {
-        rung: stats.rounds_needed(ratios, rounds.planned, rounds.until)
+        rung: stats.rounds_needed(ratios, rounds.planned, rounds.until) or rounds.planned
         for rung, ratios in report.log_ratios(report.measurements(folder)).items()
-        if len(set(ratios.values())) > 1  # the first rung's are all nought
     }
-    if not needed:
-        return rounds.planned
-    rung = max(needed, key=lambda name: needed[name])
-    click.echo(f"{needed[rung]} rounds bring the interval of {rung} within {rounds.until:.3g}", nl=False)
-    click.echo(f": --max-rounds stops it at {rounds.most}" if needed[rung] > rounds.most else "")
-    return min(needed[rung], rounds.most)
+    rung = max(needed, key=lambda name: needed[name], default="")
+    if needed.get(rung, 0) > rounds.planned:
+        stopped = f": --max-rounds stops it at {rounds.most}" if needed[rung] > rounds.most else ""
+        click.echo(f"{needed[rung]} rounds bring the interval of {rung} within {100 * rounds.until:.3g}%{stopped}")
+    return min(needed.get(rung, rounds.planned), rounds.most)
 
 
 class Recorder:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +40,7 @@ COLUMNS = (
 OPTIONAL = ("mfu", "one_step_error_max", "prompt_accuracy", "first_call_warm_s", "rounds")  # shown where a rung has it
 MILLISECONDS = ("denoising_step_s", "vae_decode_s")
 OTHERS = 0.1  # of all cores: what a tenth of a CPU did beside the measurement is worth a warning
+WORST = ("others_cpu_share", "recompilations", "cuda_graph_captures", "gpu_processes")  # of the rounds, not the median
 NO_DIFFERENCE = "no difference seen"
 
 
@@ -81,14 +83,22 @@ def _one_row(rounds: list[dict[str, Any]], ratios: dict[int, float]) -> dict[str
     if len(rounds) == 1 or not measured:
         return rounds[-1]
     found = measured[0] | {"rounds": len(measured), "failed_rounds": len(rounds) - len(measured)}
-    for name in (*rows.METRICS, "first_call_warm_s"):
+    settings = (*rows.INTEGERS, *rows.FLOATS, *rows.FLAGS, "first_call_s", "first_call_cold_s")
+    for name in {name for row in measured for name, value in row.items() if isinstance(value, (int, float))}:
         values = [row[name] for row in measured if name in row]
-        if values and name != "first_call_s":
-            found[name] = statistics.median(values)
+        if name not in settings:
+            found[name] = max(values) if name in WORST else statistics.median(values)
+    if reasons := {reason for row in measured for reason in row.get("held_back", "").split(", ") if reason}:
+        found["held_back"] = ", ".join(sorted(reasons))
     for name in rows.FLAGS:
         if any(name in row for row in measured):
             found[name] = all(row[name] for row in measured if name in row)
-    found["problem"] = "; ".join(dict.fromkeys(row["problem"] for row in measured if row.get("problem")))
+    problems = [row["problem"] for row in measured if row.get("problem")]
+    if len({row["environment_hash"] for row in measured if row.get("environment_hash")}) > 1:
+        problems.append("its rounds are of different machines or versions")
+    if ratios and len(ratios) < len(measured):
+        problems.append(f"only {len(ratios)} of its {len(measured)} rounds have a first rung to compare with")
+    found["problem"] = "; ".join(dict.fromkeys(problems))
     if ratios:
         judged = stats.mean_ratio(ratios, max(row["planned_rounds"] for row in measured))
         found |= {"speedup": judged.ratio, "speedup_base": next(row["speedup_base"] for row in measured)}
@@ -104,7 +114,7 @@ def refused(frame: pd.DataFrame) -> list[str]:
     found = {}
     for row in measured:
         if "speedup" not in row and row.get("environment_hash", "") != first.get("environment_hash", ""):
-            here, there = (set(f"{each['machine']}, {each['versions']}".split(", ")) for each in (row, first))
+            here, there = (set(f"{each.get('machine')}, {each.get('versions')}".split(", ")) for each in (row, first))
             ours, theirs = ", ".join(sorted(here - there)), ", ".join(sorted(there - here))
             found[row["rung"]] = f"{row['rung']} was measured with {ours} and {first['rung']} with {theirs}"
     return list(found.values())
@@ -156,7 +166,12 @@ def noise_floor(frame: pd.DataFrame, others: Iterable[pd.DataFrame]) -> str:
 
 def floors_in(root: Path) -> list[pd.DataFrame]:
     """The measurements of the ladders `aa` in a spool, oldest first."""
-    return [measurements(folder) for folder in spool.find_ladders(root) if spool.read_ladder(folder).name == AA]
+    found = []
+    for folder in spool.find_ladders(root):
+        with suppress(ValueError):  # what can't be read is told where it is asked for
+            if spool.read_ladder(folder).name == AA:
+                found.append(measurements(folder))
+    return [frame for frame in found if len(frame)]
 
 
 def floors_of(frame: pd.DataFrame) -> list[pd.DataFrame]:

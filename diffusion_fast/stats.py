@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -35,39 +36,36 @@ def mean_ratio(log_ratios: Mapping[int, float], planned: int) -> Ratio:
     https://doi.org/10.1214/aoms/1177731088), as long as the noise stays what it was; where it grew, the spread of all
     rounds tells. The wider interval counts.
     """
-    import numpy as np
-    from scipy import stats
-
-    everything = list(log_ratios.values())
-    mean = float(np.mean(everything))
-    at_first = _planned(log_ratios, planned)
-    if len(at_first) < 2:
-        return Ratio(math.exp(mean), len(everything))
-    half = max(
-        float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(spread_of) - 1) * np.std(spread_of, ddof=1))
-        for spread_of in (at_first, everything)
-    ) / math.sqrt(len(everything))
-    return Ratio(math.exp(mean), len(everything), math.exp(mean - half), math.exp(mean + half))
+    mean = statistics.fmean(log_ratios.values())
+    reach = _reach(log_ratios, planned)
+    if reach is None:
+        return Ratio(math.exp(mean), len(log_ratios))
+    half = reach / math.sqrt(len(log_ratios))
+    return Ratio(math.exp(mean), len(log_ratios), math.exp(mean - half), math.exp(mean + half))
 
 
-def rounds_needed(log_ratios: Mapping[int, float], planned: int, until: float) -> int:
+def rounds_needed(log_ratios: Mapping[int, float], planned: int, until: float) -> int | None:
     """How many rounds in all make the interval reach no further than `until` (0.02: 2%) from its middle.
 
-    The second stage of Stein's procedure: decided once, by the spread of the planned rounds. Raises ValueError where
-    these are fewer than two.
+    It is asked again when they were added, for the spread may have grown: what decides is always how wide the interval
+    is, never where it is. None: fewer than two of the planned rounds were measured.
     """
+    reach = _reach(log_ratios, planned)
+    return None if reach is None else max(planned, math.ceil((reach / math.log1p(until)) ** 2))
+
+
+def _reach(log_ratios: Mapping[int, float], planned: int) -> float | None:
+    """Half the width that the interval would have, were the mean that of a single round."""
     import numpy as np
     from scipy import stats
 
-    spread_of = _planned(log_ratios, planned)
-    if len(spread_of) < 2:
-        raise ValueError("An interval needs at least two rounds that were measured.")
-    reach = float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(spread_of) - 1) * np.std(spread_of, ddof=1))
-    return max(planned, math.ceil((reach / math.log1p(until)) ** 2))
-
-
-def _planned(log_ratios: Mapping[int, float], planned: int) -> list[float]:
-    return [value for number, value in log_ratios.items() if number <= planned]
+    at_first = [value for number, value in log_ratios.items() if number <= planned]
+    if len(at_first) < 2:
+        return None
+    return max(
+        float(stats.t.ppf(0.5 + CONFIDENCE / 2, len(spread_of) - 1) * np.std(spread_of, ddof=1))
+        for spread_of in (at_first, list(log_ratios.values()))
+    )
 
 
 def ratio_of_two(ours: Sequence[float], theirs: Sequence[float]) -> Ratio:

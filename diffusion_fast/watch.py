@@ -70,9 +70,9 @@ class Watch:
             "cuda_graph_captures": float(spent["captures"]),
         }
         for name in ("sm_clock_mhz", "memory_clock_mhz", "temperature_c", "power_w", "gpu_processes"):
-            if name in self.after:
+            if name in self.before and name in self.after:
                 found |= {f"{name}_before": self.before[name], name: self.after[name]}
-        if "energy_j" in self.after:
+        if "energy_j" in self.before and "energy_j" in self.after:
             found["energy_per_image_j"] = (self.after["energy_j"] - self.before["energy_j"]) / images
         reasons = int(self.before.get("reasons", 0)) | int(self.after.get("reasons", 0))
         held = ", ".join(text for bit, text in HELD_BACK.items() if reasons & bit)

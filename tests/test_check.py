@@ -66,13 +66,27 @@ def test_several_ladders_a_side_are_compared_by_their_own_spread() -> None:
     assert verdict.outcome == "unknown"
 
 
+def test_one_ladder_against_several_is_compared_by_the_spread_of_the_several() -> None:
+    verdict = check(ladders("base", [1.0, 1.01, 0.99, 1.0]), measured("new", [1.10]), [], 0.03)
+    assert (verdict.outcome, "1 and 4 ladders, by the spread of the several" in verdict.sentence) == ("slower", True)
+    assert check(ladders("base", [1.0, 1.2, 0.9]), measured("new", [1.10]), [], 0.03).outcome == "unknown"
+
+
+def test_runs_that_both_queries_match_are_no_comparison() -> None:
+    new = measured("new", [2.0, 2.0], "pr")
+    with pytest.raises(ValueError, match="share 2 of their runs"):
+        check([*measured("new", [1.0, 1.0], "main"), *(dict(row) for row in new)], new, [], 0.03)
+
+
 def test_single_ladders_are_compared_by_the_spread_of_ladders_aa() -> None:
-    base, new = measured("base", [1.0, 1.0], "x"), measured("new", [1.1, 1.1], "y")
+    base, new = measured("base", [1.0], "x"), measured("new", [1.1], "y")
     verdict = check(base, new, [], 0.03)
     assert (verdict.outcome, "--ladder aa` several times" in verdict.sentence) == ("unknown", True)
     aa = [*ladders("a", [1.0, 1.002, 0.998, 1.001], "aa"), *ladders("b", [1.001, 1.003, 0.998, 1.0], "aa")]
     verdict = check(base, new, aa, 0.03)
     assert (verdict.outcome, "the spread between ladders from 4 ladders `aa`" in verdict.sentence) == ("slower", True)
+    longer = measured("new", [1.1, 1.1], "y"), measured("base", [1.0, 1.0], "x")
+    assert check(longer[1], longer[0], aa, 0.03).outcome == "unknown"  # a ladder of more rounds varies less
     noisy = [*ladders("a", [1.0, 1.1, 0.9, 1.2], "aa")]
     assert check(base, new, noisy, 0.03).outcome == "unknown"
     elsewhere = [row | {"machine": "another"} for row in aa]

@@ -206,7 +206,7 @@ def test_until_adds_the_rounds_that_it_takes(
     assert measured == {(number, 5) for number in range(1, rounds + 1)}
     assert (f"--max-rounds stops it at {most}" in done.output) == (rounds == most)
     if 5 < rounds < most:
-        assert f"{rounds} rounds bring the interval of 01-b within 0.02\n" in done.output
+        assert f"{rounds} rounds bring the interval of 01-b within 2%\n" in done.output
         assert done.output.count("no difference seen") == 1
     again = invoke("ladder", "--no-track", "--ladder", "aa", "--until", "2%", "--max-rounds", str(most), "--resume")
     assert "0 of 10 rungs to measure in 5 rounds" in again.output

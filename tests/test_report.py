@@ -146,12 +146,44 @@ def test_rounds_that_failed_are_told(tmp_path: Path) -> None:
     assert report.warnings(frame) == [
         "00-baseline failed in 1 of its 3 rounds",
         "01-bf16 failed in 1 of its 3 rounds",
+        "01-bf16: only 1 of its 2 rounds have a first rung to compare with",
     ]
     found = frame.set_index("rung")
     assert found.loc["01-bf16", "speedup"] == pytest.approx(2)  # of the one round that both have
     assert "| 01-bf16 | 0.5 | 0.45 | 0.55 | 2.00× |" in report.markdown(frame)
     assert "| 02-sdpa | timeout: not done after 10 s |" in report.markdown(frame)
     report.plot(frame, tmp_path / "plot.png")
+
+
+def test_of_rounds_the_worst_is_warned_of_and_the_median_is_shown(tmp_path: Path) -> None:
+    ladder = planned()
+    folder = spool.save_ladder(tmp_path, ladder)
+    beside = [
+        {"others_cpu_share": 0.0, "energy_per_image_j": 10.0},
+        {"others_cpu_share": 0.6, "energy_per_image_j": 14.0, "held_back": "power cap"},
+        {"recompilations": 1.0, "energy_per_image_j": 11.0},
+    ]
+    for number, surroundings in enumerate(beside, 1):
+        keep(folder, result(replace(ladder.rungs[0], round=number, planned_rounds=3), surroundings=surroundings))
+    frame = report.from_spool(folder)
+    assert report.warnings(frame) == [
+        "00-baseline compiled, or captured a CUDA graph, while it was measured",
+        "others used 60% of the CPU while 00-baseline was measured",
+        "the GPU was held back (power cap) while 00-baseline was measured",
+    ]
+    assert frame["energy_per_image_j"].tolist() == [11.0]
+
+
+def test_rounds_of_different_machines_are_told(tmp_path: Path) -> None:
+    ladder = planned()
+    folder = spool.save_ladder(tmp_path, ladder)
+    for number in (1, 2):
+        for spec in ladder.rungs[:2]:
+            environment = {"cpu": f"processor {number}"}
+            keep(folder, result(replace(spec, round=number, planned_rounds=2), environment=environment))
+    assert (
+        report.warnings(report.from_spool(folder))[0] == "00-baseline: its rounds are of different machines or versions"
+    )
 
 
 def test_what_went_on_beside_a_measurement_is_told(tmp_path: Path) -> None:

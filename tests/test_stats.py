@@ -44,16 +44,18 @@ def test_rounds_that_were_added_by_the_spread_leave_the_interval_true(until: flo
     held, narrow = [], []
     for _ in range(TRIALS):
         first = drawn(generator, 5)
-        enough = stats.rounds_needed(first, 5, until)
-        more = drawn(generator, enough - 5, spread=0.02 * growth)
-        ratios = first | {5 + number: each for number, each in more.items()}
+        ratios, enough = dict(first), 5
+        while (needed := stats.rounds_needed(ratios, 5, until)) is not None and needed > enough:
+            more = drawn(generator, needed - enough, spread=0.02 * growth)
+            ratios |= {enough + number: each for number, each in more.items()}
+            enough = needed
         found = stats.mean_ratio(ratios, 5)
         assert found.low is not None
         assert found.high is not None
         held.append(not found.seen)
         narrow.append(found.high / found.ratio <= 1 + until + 1e-9)
     assert np.mean(held) > 0.95 - SLACK
-    assert growth > 1 or np.mean(narrow) > 0.75  # else the planned rounds were quiet by chance
+    assert all(narrow)
 
 
 def test_one_round_has_no_interval() -> None:
@@ -61,8 +63,7 @@ def test_one_round_has_no_interval() -> None:
     assert (found.ratio, found.low, found.high, found.seen) == (pytest.approx(2), None, None, None)
     # Of the planned rounds but one was measured: the spread of those that were added because of it doesn't count.
     assert stats.mean_ratio({2: 0.1, 3: 0.2, 4: 0.3}, 2).low is None
-    with pytest.raises(ValueError, match="at least two rounds"):
-        stats.rounds_needed({1: 0.1}, 5, 0.02)
+    assert stats.rounds_needed({1: 0.1}, 5, 0.02) is None
 
 
 def test_rounds_that_agree_wholly_have_an_interval_of_no_width() -> None:
