@@ -28,7 +28,7 @@ def climb(
     found: list[Outcome] = []
     failed: set[str] = set()
     specs = list(todo)
-    if specs and not spool.reference_file(folder).is_file():
+    if specs and not spool.has_reference(folder):
         specs.insert(0, spool.read_ladder(folder).reference)
     for spec in specs:
         if spec.rung in failed:

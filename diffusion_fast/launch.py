@@ -53,7 +53,7 @@ def launch(spec: RunSpec, ladder_folder: Path, timeout_s: float, shared_cache: P
             process.wait()
 
     outcome = spool.read_outcome(folder)
-    if outcome is not None or (spec.role == REFERENCE and spool.reference_file(ladder_folder).is_file()):
+    if outcome is not None or (spec.role == REFERENCE and spool.has_reference(ladder_folder)):
         return outcome
     failure = Failure(
         spec=spec,

@@ -111,6 +111,11 @@ def reference_file(ladder_folder: Path) -> Path:
     return ladder_folder / REFERENCE / REFERENCE_IMAGE
 
 
+def has_reference(ladder_folder: Path) -> bool:
+    """Whether all of it is there: what is written last is."""
+    return (ladder_folder / REFERENCE / REFERENCE_STEPS).is_file()
+
+
 def cache_folder(ladder_folder: Path, spec: RunSpec) -> Path:
     return ladder_folder / ".cache" / spec.rung
 

@@ -93,17 +93,20 @@ def make_reference(spec: RunSpec, folder: Path, progress: Progress) -> None:
 
     from diffusion_fast import onestep, roofline
 
+    _refuse_broken(decoded)
     _save_image(_to_pil(decoded), folder)
+    spool.write_json(folder / "environment.json", _environment(spec, folder))
+    partial = folder / f".{spool.REFERENCE_IMAGE}"
+    save_file({"image": decoded}, partial)
+    partial.replace(folder / spool.REFERENCE_IMAGE)
     progress("counting operations")
     spool.write_json(folder / spool.REFERENCE_FLOPS, roofline.count_flops(build))
     progress("recording single steps")
     steps = onestep.record(build)
     onestep.add_floors(build, steps, {rung.numbers for rung in spool.read_ladder(folder.parent).rungs})
-    torch.save(steps, folder / spool.REFERENCE_STEPS)
-    partial = folder / f".{spool.REFERENCE_IMAGE}"
-    save_file({"image": decoded}, partial)
-    spool.write_json(folder / "environment.json", _environment(spec, folder))
-    partial.replace(folder / spool.REFERENCE_IMAGE)
+    partial = folder / f".{spool.REFERENCE_STEPS}"
+    torch.save(steps, partial)
+    partial.replace(folder / spool.REFERENCE_STEPS)  # last: it says that the reference is whole
 
 
 def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
@@ -132,7 +135,6 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
     with watch:
         samples_s, images = measure.samples(lambda: call(build), spec.device)
     memory = peak.read()
-    _refuse_broken(images)
     median, p10, p90 = measure.quantiles(samples_s)
     result = Result(
         spec=spec,
@@ -174,6 +176,7 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
             memory=memory | {"weights_gib": weights_gib},
         )
         phases, decoded = _phases(build)
+        _refuse_broken(decoded)
         repeats = result.image_repeats and _bytes(_to_pil(decoded)) == _bytes(images[0])
         keep("comparing", phases=phases, image_repeats=repeats)
         fidelity = _fidelity(decoded, spool.reference_file(folder.parents[1]))
@@ -185,16 +188,27 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
             keep(f"painting {spec.accuracy_prompts} held-out prompts", **fidelity)
             fidelity["accuracy"] = _accuracy(build, folder)
         result = replace(result, **fidelity, problem="")
+    except BrokenImageError:
+        (folder / spool.RESULT).unlink()
+        raise
     except Exception as error:
         traceback.print_exc()
         result = replace(result, problem=f"{progress.stage}: {type(error).__name__}: {error}")
     return result
 
 
-def _refuse_broken(batches: list[list[Any]]) -> None:
-    """An image that is black all over is what NaN becomes: whatever took so long was no denoising."""
-    if any(not image.getbbox() for batch in batches for image in batch):
-        raise RuntimeError("an image is black all over: its latents were not finite, or the recipe broke the model")
+class BrokenImageError(Exception):
+    """What was painted is no image, so what it took to paint it is no measurement."""
+
+
+def _refuse_broken(decoded: Any) -> None:
+    """`decoded`: floats of shape (batch, 3, height, width) in 0..1. On its way to bytes NaN would become black."""
+    import torch
+
+    if not torch.isfinite(decoded).all():
+        raise BrokenImageError("the image has values that are not finite: NaN or infinity")
+    if not decoded.flatten(1).any(dim=1).all():
+        raise BrokenImageError("the image is black all over")
 
 
 def _cache_state(spec: RunSpec) -> Literal["none", "cold", "warm", "shared"]:

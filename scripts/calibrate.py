@@ -34,8 +34,8 @@ SLOWDOWN = 0.05
 CASES = {
     "cheap": (
         ("aa-5-rounds", 0.0, console.Rounds(5)),
-        ("aa-until-1%", 0.0, console.Rounds(5, 0.01, 30)),
-        ("slower-until-2%", SLOWDOWN, console.Rounds(5, 0.02, 30)),
+        ("aa-until-1-percent", 0.0, console.Rounds(5, 0.01, 30)),
+        ("slower-until-2-percent", SLOWDOWN, console.Rounds(5, 0.02, 30)),
     ),
     "tiny": (("aa-5-rounds", 0.0, console.Rounds(5)), ("slower-5-rounds", SLOWDOWN, console.Rounds(5))),
 }

@@ -34,7 +34,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
             return failure(spec)
         if spec.role == "reference":
             spool.reference_file(folder).parent.mkdir(exist_ok=True)
-            spool.reference_file(folder).touch()
+            (spool.reference_file(folder).parent / spool.REFERENCE_STEPS).touch()
             return None
         outcome = result(spec, 1.0 + len(spec.optimizations))
         keep(folder, outcome)

@@ -71,15 +71,20 @@ def test_a_measurement_has_its_samples_its_image_and_its_fidelity(prepared: tupl
     assert 50_000 < (folder / "image.jpg").stat().st_size <= 200_000  # noise hardly compresses
 
 
-def test_a_black_image_is_a_failure(prepared: tuple[RunSpec, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "call", lambda build: [Image.new("RGB", (64, 64))])
+@pytest.mark.parametrize(("value", "said"), [(0.0, "black all over"), (float("nan"), "not finite")])
+def test_what_is_no_image_is_a_failure(
+    prepared: tuple[RunSpec, Path], monkeypatch: pytest.MonkeyPatch, value: float, said: str
+) -> None:
+    broken = torch.rand(2, 3, 64, 64)
+    broken[1] = value if value == 0 else broken[1].index_fill(1, torch.tensor([7]), value)
+    monkeypatch.setattr(worker, "_phases", lambda build: ({"denoising_s": 0.2}, broken))
     spec, folder = prepared
     spool.write_json(folder / spool.SPEC, spec.to_dict())
     monkeypatch.setattr(worker, "Progress", lambda folder: Silent())
     assert worker.main(folder) == 1
     outcome = spool.read_outcome(folder)
     assert isinstance(outcome, Failure)
-    assert "an image is black all over" in outcome.message
+    assert said in outcome.message
 
 
 def test_held_out_prompts_are_painted_and_judged(prepared: tuple[RunSpec, Path]) -> None:
@@ -136,14 +141,13 @@ def test_what_fails_after_the_timed_calls_costs_no_measurement(
     reference = spool.reference_file(folder.parents[1])
     reference.parent.mkdir()
     save_file({"image": torch.rand(1, 3, 1024, 1024)}, reference)
-    broken = torch.full((1, 3, 1024, 1024), float("nan"))
-    monkeypatch.setattr(worker, "_phases", lambda build: ({"denoising_s": 0.2}, broken))
-    monkeypatch.setattr(worker, "_to_pil", lambda image: [])
+    smaller = torch.rand(1, 3, 512, 512)
+    monkeypatch.setattr(worker, "_phases", lambda build: ({"denoising_s": 0.2}, smaller))
     result = worker.measure_rung(spec, folder, Silent())  # type: ignore[arg-type]
     assert result.latency_median_s > 0
     assert result.phases == {"denoising_s": 0.2}
     assert (result.psnr_db, result.image_repeats) == (None, False)
-    assert "not finite" in result.problem
+    assert "its reference (1, 3, 1024, 1024)" in result.problem
 
 
 def test_what_is_killed_after_the_timed_calls_leaves_its_measurement(
