@@ -108,15 +108,22 @@ def _process_on_gpu() -> dict[str, float]:
     In a container the driver may know processes by other numbers than they know themselves.
     """
     import pynvml
-    import torch
 
     try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+        handle = nvml_handle()
         held = {each.pid: each.usedGpuMemory for each in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
     except pynvml.NVMLError:
         return {}
     return {"process_gib": held[os.getpid()] / GIB} if held.get(os.getpid()) else {}
+
+
+def nvml_handle() -> Any:
+    """NVML's handle of the GPU that torch uses, which NVML may number otherwise. Raises pynvml.NVMLError."""
+    import pynvml
+    import torch
+
+    pynvml.nvmlInit()
+    return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
 
 
 def now(device: str) -> float:

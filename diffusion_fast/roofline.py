@@ -6,9 +6,9 @@ The model: Williams, Waterman and Patterson 2009, https://doi.org/10.1145/149876
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 from diffusion_fast.measure import GIB, Stopwatches, timed
@@ -64,12 +64,11 @@ def _median_s(function: Any, device: str) -> float:
 
 def weight_bytes(build: Build) -> dict[str, int]:
     """Bytes of parameters and buffers by network, quantized ones as they are stored."""
-    return {name: sum(map(_bytes, _tensors(network))) for name, network in build.networks()}
+    return {name: _bytes_of(network) for name, network in build.networks()}
 
 
-def _tensors(network: Any) -> Iterator[Any]:
-    yield from network.parameters()
-    yield from network.buffers()
+def _bytes_of(network: Any) -> int:
+    return sum(map(_bytes, chain(network.parameters(), network.buffers())))
 
 
 def _bytes(tensor: Any) -> int:
@@ -101,7 +100,3 @@ def limits(build: Build, flops: dict[str, float], latency_s: float) -> dict[str,
         "floor_s": floor_s,
         "floor_percent": 100 * floor_s / latency_s,
     }
-
-
-def _bytes_of(network: Any) -> int:
-    return sum(map(_bytes, _tensors(network)))

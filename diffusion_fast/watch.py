@@ -10,6 +10,8 @@ from typing import Any, Self
 
 import psutil
 
+from diffusion_fast.measure import nvml_handle
+
 # NVML's clock event reasons that mean the GPU would have run faster, had it been let.
 HELD_BACK = {
     0x04: "power cap",
@@ -88,11 +90,9 @@ def _graphs() -> int:
 def _gpu() -> dict[str, Any]:
     """The GPU's state as NVML says it; what it doesn't say on this machine isn't there."""
     import pynvml
-    import torch
 
     try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+        handle = nvml_handle()
     except pynvml.NVMLError:
         return {}
     questions: dict[str, Callable[[], float]] = {
