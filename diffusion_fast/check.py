@@ -12,7 +12,7 @@ from typing import Any, Literal
 from diffusion_fast import stats
 
 SAME = ("model", "weights", "device", "steps", "batch_size", "height", "width", "guidance_scale")
-FINGERPRINT = ("machine", "versions")
+FINGERPRINT = ("machine", "versions", "flags")
 
 Row = dict[str, Any]
 
@@ -41,7 +41,7 @@ def check(
     for side, rows in sides.items():
         if not rows:
             raise ValueError(f"The {side} matches no finished measurement.")
-        recipes = sorted({f"{row['recipe']} ({row['optimizations']})" for row in rows})
+        recipes = sorted({_recipe(row) for row in rows})
         if len(recipes) > 1:
             raise ValueError(f"The {side} must match one recipe, and matches {len(recipes)}: {', '.join(recipes)}.")
     for name in (*SAME, *(() if across else FINGERPRINT)):
@@ -71,6 +71,11 @@ def check(
     if ratio.high <= 1 + max_slowdown:
         return Verdict("ok", f"{said}: within {allowed}.")
     return Verdict("unknown", f"{said}: can't tell whether that is more than {allowed}.")
+
+
+def _recipe(row: Row) -> str:
+    mode = f", {row['compile_mode']}" if row.get("compile_mode") else ""
+    return f"{row['recipe']} ({row['optimizations']}{mode})"
 
 
 def _name(row: Row) -> tuple[Any, ...]:

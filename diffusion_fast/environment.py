@@ -11,6 +11,9 @@ from typing import Any
 
 import psutil
 
+# Variables that change how fast these libraries are, but for those that say where things lie, or on which device.
+FLAGS = ("TORCH", "PYTORCH_", "CUDA_", "CUBLAS", "CUDNN_", "NVIDIA_TF32", "TRITON_", "OMP_", "MKL_", "KMP_", "GOMP_")
+PLACES = ("_DIR", "_PATH", "_HOME", "_DEVICES", "_CAPABILITIES", "_VERSION")
 LIBRARIES = ("torch", "diffusers", "transformers", "torchao", "accelerate", "triton", "numpy")
 
 
@@ -25,6 +28,12 @@ def describe(device: str) -> dict[str, Any]:
         "cpu_cores": os.cpu_count(),
         "ram_gib": round(psutil.virtual_memory().total / 1024**3, 1),
         "threads": torch.get_num_threads(),
+        "affinity": len(os.sched_getaffinity(0)),
+        "flags": " ".join(
+            f"{name}={value}"
+            for name, value in sorted(os.environ.items())
+            if name.startswith(FLAGS) and not name.endswith(PLACES)
+        ),
         "commit": _commit(),
     }
     for library in LIBRARIES:

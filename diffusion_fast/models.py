@@ -49,7 +49,7 @@ MODELS = {
             height=128,
             width=128,
             steps=30,
-            guidance_scale=5.0,
+            guidance_scale=2.0,
             embedded="tiny",
         ),
         Model(

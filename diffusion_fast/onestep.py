@@ -6,6 +6,7 @@ Over a whole trajectory rounding is amplified, and two good images may drift apa
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from diffusion_fast.optimizations import OPTIMIZATIONS, Build
@@ -59,30 +60,26 @@ def replay(build: Build, steps: list[Step]) -> list[Any]:
     return outputs
 
 
-def add_floors(build: Build, steps: list[Step], formats: set[str]) -> None:
-    """Add to each step what the reference's denoiser gives in other number formats. Leaves it in one of them."""
+def eager_in(build: Build, formats: set[str]) -> Iterator[str]:
+    """Bring the reference's pipeline into one number format after another. Leaves it in the last of them."""
     import copy
 
     import torch
 
     from diffusion_fast.pipeline import no_tf32
 
-    denoiser = build.denoiser
     if "tf32" in formats:
         OPTIMIZATIONS["tf32"].apply(build)
-        _add(build, steps, "tf32")
+        yield "tf32"
         no_tf32()
     halves = sorted(formats - {"tf32", "float32"})
+    networks = list(build.networks())
     for name in halves:
-        # The last one is converted where it is: a large denoiser has no room beside itself.
-        other = denoiser if name == halves[-1] else copy.deepcopy(denoiser)
-        setattr(build.pipe, build.model.denoiser, other.to(getattr(torch, name)))
-        _add(build, steps, name)
-
-
-def _add(build: Build, steps: list[Step], name: str) -> None:
-    for step, output in zip(steps, replay(build, steps), strict=True):
-        step["eager"][name] = output
+        for part, network in networks:
+            # For the last one they are converted where they are: a large model has no room beside itself.
+            own = network if name == halves[-1] else copy.deepcopy(network)
+            setattr(build.pipe, part, own.to(getattr(torch, name)))
+        yield name
 
 
 def compare(spec: RunSpec, outputs: list[Any], steps: list[Step]) -> dict[str, Any]:

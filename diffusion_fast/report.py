@@ -114,7 +114,10 @@ def refused(frame: pd.DataFrame) -> list[str]:
     found = {}
     for row in measured:
         if "speedup" not in row and row.get("environment_hash", "") != first.get("environment_hash", ""):
-            here, there = (set(f"{each.get('machine')}, {each.get('versions')}".split(", ")) for each in (row, first))
+            here, there = (
+                {fact for name in check.FINGERPRINT for fact in str(each.get(name) or f"no {name}").split(", ")}
+                for each in (row, first)
+            )
             ours, theirs = ", ".join(sorted(here - there)), ", ".join(sorted(there - here))
             found[row["rung"]] = f"{row['rung']} was measured with {ours} and {first['rung']} with {theirs}"
     return list(found.values())

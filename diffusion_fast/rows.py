@@ -13,7 +13,14 @@ from diffusion_fast.spec import Failure, Ladder, Outcome, Result
 INTEGERS = ("steps", "batch_size", "height", "width", "seed", "round", "planned_rounds", "attempt")
 FLOATS = ("guidance_scale",)
 FLAGS = ("warmed_up", "image_repeats", "identical_to_reference", "fidelity_ok")
-SERIES = ("latency_sample_s", "one_step_error", "one_step_floor")  # metrics of many values, by repeat or by step
+SERIES = (
+    "latency_sample_s",
+    "one_step_error",
+    "one_step_floor",
+    "one_step_to_eager",
+)  # metrics of many values, by repeat or by step
+FIDELITY = ("psnr_db", "ssim", "psnr_eager_db", "ssim_eager")
+ONE_STEP = ("error", "floor", "to_eager")  # of the reference, eager's own, and of eager in the same number format
 METRICS = (
     "latency_median_s",
     "latency_p10_s",
@@ -30,10 +37,10 @@ METRICS = (
     "mfu",
     "floor_s",
     "floor_percent",
-    "psnr_db",
-    "ssim",
+    *FIDELITY,
     "one_step_error_max",
     "one_step_floor_max",
+    "one_step_to_eager_max",
     "prompt_accuracy",
     "prompt_accuracy_low",
     "prompt_accuracy_high",
@@ -44,13 +51,14 @@ METRICS = (
 )
 # What must be the same for two latencies to make a ratio: not the host's name, not which of its GPUs.
 MACHINE = ("gpu", "driver", "cpu")
+MACHINE_WITHOUT_GPU = ("cpu", "threads", "affinity")
 VERSIONS = ("python", "torch", "cuda", "cudnn", "triton", "diffusers", "transformers", "torchao", "accelerate", "numpy")
 # The columns that a DataFrame of runs always has, before those that depend on the device and the recipe.
 COLUMNS = (
     *("ladder_id", "rung", "status", "model", "weights", "recipe", "optimizations", "dtype", "device", "device_name"),
     *("compile_mode", "prompt", *METRICS, *FLOATS, *INTEGERS, *FLAGS),
     *("cache_state", "speedup_base", "tag", "reason", "error", "problem", "measurement_id", "conditions"),
-    *("machine", "versions", "environment_hash", "commit"),
+    *("machine", "versions", "flags", "environment_hash", "commit"),
 )
 
 
@@ -99,12 +107,11 @@ def metrics(outcome: Outcome, base: Result | None) -> dict[str, float]:
         found[f"first_call_{outcome.cache_state}_s"] = outcome.first_call_s
     if base is not None:
         found["speedup"] = round(base.latency_median_s / outcome.latency_median_s, 3)
-    if outcome.psnr_db is not None:
-        found["psnr_db"] = outcome.psnr_db
-    if outcome.ssim is not None:
-        found["ssim"] = outcome.ssim
+    for name in FIDELITY:
+        if (value := getattr(outcome, name)) is not None:
+            found[name] = value
     if outcome.one_step:
-        found |= {f"one_step_{name}_max": max(outcome.one_step[name]) for name in ("error", "floor")}
+        found |= {f"one_step_{name}_max": max(outcome.one_step[name]) for name in ONE_STEP}
     if outcome.accuracy:
         found |= {
             "prompt_accuracy": outcome.accuracy["accuracy"],
@@ -120,20 +127,25 @@ def series(outcome: Outcome) -> dict[str, dict[int, float]]:
     if isinstance(outcome, Failure):
         return {}
     found = {"latency_sample_s": dict(enumerate(outcome.samples_s))}
-    for name in ("error", "floor") if outcome.one_step else ():
+    for name in ONE_STEP if outcome.one_step else ():
         found[f"one_step_{name}"] = dict(zip(outcome.one_step["steps"], outcome.one_step[name], strict=True))
     return found
 
 
 def fingerprint(outcome: Outcome) -> dict[str, str]:
-    """Where it was measured, by what, and both as one hash."""
+    """Where it was measured, by what, with which flags, and all of it as one hash."""
     facts = outcome.environment
-    machine = ", ".join(f"{name} {facts[name]}" for name in MACHINE if facts.get(name))
+    names = MACHINE if facts.get("gpu") else MACHINE_WITHOUT_GPU
+    machine = ", ".join(f"{name} {facts[name]}" for name in names if facts.get(name))
+    flags = str(facts.get("flags") or "")
     versions = ", ".join(f"{name} {facts[name]}" for name in VERSIONS if facts.get(name))
     return {
         "machine": machine,
         "versions": versions,
-        "environment_hash": hashlib.sha256(f"{machine}; {versions}".encode()).hexdigest()[:12] if facts else "",
+        "flags": flags,
+        "environment_hash": hashlib.sha256(f"{machine}; {versions}; {flags}".encode()).hexdigest()[:12]
+        if facts
+        else "",
         "commit": str(facts.get("commit") or ""),
     }
 

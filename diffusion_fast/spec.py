@@ -169,6 +169,8 @@ class Result(_Json):
     psnr_db: float | None = None  # None: identical to the reference (infinite), or there is no reference
     ssim: float | None = None
     identical_to_reference: bool = False
+    psnr_eager_db: float | None = None  # of eager in the same number format; None: identical, or there is none
+    ssim_eager: float | None = None
     one_step: dict[str, Any] = field(default_factory=dict)  # errors of single denoising steps, see onestep.py
     limits: dict[str, float] = field(default_factory=dict)  # what the device could do, see roofline.py
     accuracy: dict[str, float] = field(

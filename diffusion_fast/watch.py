@@ -52,7 +52,8 @@ class Watch:
             "wall_s": time.monotonic(),
             "busy_s": sum(cpu) - cpu.idle - getattr(cpu, "iowait", 0.0) - getattr(cpu, "guest", 0.0),
             "own_s": sum(os.times()[:2]),
-            "graphs": _graphs(),
+            "graphs": _dynamo("stats", "unique_graphs"),
+            "graph_breaks": _dynamo("graph_break"),
             "captures": self.captures,
             "load_average": os.getloadavg()[0],
             **(_gpu() if self.device == "cuda" else {}),
@@ -67,6 +68,7 @@ class Watch:
         found: dict[str, float | str] = {
             "others_cpu_share": max(0.0, (spent["busy_s"] - spent["own_s"]) / available_s),
             "load_average": self.before["load_average"],
+            "graph_breaks": float(self.after["graph_breaks"]),
             "recompilations": float(spent["graphs"]),
             "cuda_graphs": float(self.before["captures"]),
             "cuda_graph_captures": float(spent["captures"]),
@@ -81,10 +83,13 @@ class Watch:
         return found | ({"held_back": held} if held else {})
 
 
-def _graphs() -> int:
-    """How many graphs Dynamo has compiled in this process."""
+def _dynamo(group: str, name: str = "") -> int:
+    """One of Dynamo's counters in this process, or the sum of a group of them."""
     dynamo = sys.modules.get("torch._dynamo.utils")
-    return int(dynamo.counters["stats"]["unique_graphs"]) if dynamo else 0
+    if dynamo is None:
+        return 0
+    counters = dynamo.counters[group]
+    return int(counters[name] if name else sum(counters.values()))
 
 
 def _gpu() -> dict[str, Any]:

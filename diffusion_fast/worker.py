@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -84,7 +85,10 @@ class Progress:
 
 
 def make_reference(spec: RunSpec, folder: Path, progress: Progress) -> None:
-    """Save the images of the plain fp32 pipeline as floats, before they are rounded to bytes."""
+    """Save the images of the plain fp32 pipeline as floats, before they are rounded to bytes.
+
+    With them the same pipeline's images in the rungs' other number formats, and what single steps give in each.
+    """
     build, _, _ = _load(spec, progress)
     progress("rendering the reference")
     _, decoded = _phases(build)
@@ -96,14 +100,19 @@ def make_reference(spec: RunSpec, folder: Path, progress: Progress) -> None:
     _refuse_broken(decoded)
     _save_image(_to_pil(decoded), folder)
     spool.write_json(folder / "environment.json", _environment(spec, folder))
-    partial = folder / f".{spool.REFERENCE_IMAGE}"
-    save_file({"image": decoded}, partial)
-    partial.replace(folder / spool.REFERENCE_IMAGE)
     progress("counting operations")
     spool.write_json(folder / spool.REFERENCE_FLOPS, roofline.count_flops(build))
     progress("recording single steps")
     steps = onestep.record(build)
-    onestep.add_floors(build, steps, {rung.numbers for rung in spool.read_ladder(folder.parent).rungs})
+    images = {"float32": decoded}
+    for numbers in onestep.eager_in(build, {rung.numbers for rung in spool.read_ladder(folder.parent).rungs}):
+        progress(f"the same in {numbers}")
+        for step, output in zip(steps, onestep.replay(build, steps), strict=True):
+            step["eager"][numbers] = output
+        images[numbers] = _phases(build)[1]
+    partial = folder / f".{spool.REFERENCE_IMAGE}"
+    save_file(images, partial)
+    partial.replace(folder / spool.REFERENCE_IMAGE)
     partial = folder / f".{spool.REFERENCE_STEPS}"
     torch.save(steps, partial)
     partial.replace(folder / spool.REFERENCE_STEPS)  # last: it says that the reference is whole
@@ -158,43 +167,46 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
         image_repeats=len({_bytes(batch) for batch in images}) == 1,
     )
 
-    def keep(stage: str, **found: Any) -> None:
-        """Write down what there is. Should the worker be killed in the `stage` that begins, the result says so."""
-        nonlocal result
-        result = replace(result, **found, problem=f"the worker ended while {stage}")
-        spool.write_json(folder / spool.RESULT, result.to_dict())
-        progress(stage)
-
     # The measurement is there. What follows may fail, or be killed, without taking it along.
-    try:
-        keep("saving the image")
+    reference = folder.parents[1] / REFERENCE
+    problems: list[str] = []
+    decoded = None
+
+    def then(stage: str, find: Callable[[], dict[str, Any]]) -> None:
+        """Add to the result what is found. A failure costs that alone, and a result that is on disk says it all."""
+        nonlocal result
+        unfinished = replace(result, problem="; ".join([*problems, f"the worker ended while {stage}"]))
+        spool.write_json(folder / spool.RESULT, unfinished.to_dict())
+        progress(stage)
+        try:
+            result = replace(result, **find())
+        except BrokenImageError:
+            (folder / spool.RESULT).unlink()
+            raise
+        except Exception as error:
+            traceback.print_exc()
+            problems.append(f"{stage}: {type(error).__name__}: {error}")
+
+    def describe() -> dict[str, Any]:
         _save_image(images[0], folder)
         weights_gib = sum(roofline.weight_bytes(build).values()) / measure.GIB
-        keep(
-            "splitting into phases",
-            environment=_environment(spec, folder),
-            memory=memory | {"weights_gib": weights_gib},
-        )
-        phases, decoded = _phases(build)
-        _refuse_broken(decoded)
-        repeats = result.image_repeats and _bytes(_to_pil(decoded)) == _bytes(images[0])
-        keep("comparing", phases=phases, image_repeats=repeats)
-        fidelity = _fidelity(decoded, spool.reference_file(folder.parents[1]))
-        keep("comparing single steps", **fidelity)
-        fidelity["one_step"] = _one_step(build, folder.parents[1] / REFERENCE / spool.REFERENCE_STEPS)
-        keep("measuring what the device can do", **fidelity)
-        fidelity["limits"] = _limits(build, folder.parents[1] / REFERENCE / spool.REFERENCE_FLOPS, median)
-        if spec.accuracy_prompts:
-            keep(f"painting {spec.accuracy_prompts} held-out prompts", **fidelity)
-            fidelity["accuracy"] = _accuracy(build, folder)
-        result = replace(result, **fidelity, problem="")
-    except BrokenImageError:
-        (folder / spool.RESULT).unlink()
-        raise
-    except Exception as error:
-        traceback.print_exc()
-        result = replace(result, problem=f"{progress.stage}: {type(error).__name__}: {error}")
-    return result
+        return {"environment": _environment(spec, folder), "memory": memory | {"weights_gib": weights_gib}}
+
+    def split() -> dict[str, Any]:
+        nonlocal decoded
+        phases, found = _phases(build)
+        _refuse_broken(found)
+        decoded = found
+        return {"phases": phases, "image_repeats": result.image_repeats and _bytes(_to_pil(found)) == _bytes(images[0])}
+
+    then("saving the image", describe)
+    then("splitting into phases", split)
+    then("comparing", lambda: _fidelity(decoded, spec.numbers, reference / spool.REFERENCE_IMAGE))
+    then("comparing single steps", lambda: _one_step(build, reference / spool.REFERENCE_STEPS))
+    then("measuring what the device can do", lambda: _limits(build, reference / spool.REFERENCE_FLOPS, median))
+    if spec.accuracy_prompts:
+        then(f"painting {spec.accuracy_prompts} held-out prompts", lambda: _accuracy(build, folder))
+    return replace(result, problem="; ".join(problems))
 
 
 class BrokenImageError(Exception):
@@ -271,15 +283,21 @@ def _phases(build: Build) -> tuple[dict[str, float], Any]:
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}, image
 
 
-def _fidelity(image: Any, reference_file: Path) -> dict[str, Any]:
-    if not reference_file.is_file():
+def _fidelity(image: Any, numbers: str, reference_file: Path) -> dict[str, Any]:
+    """How far the image is from the reference, and from that of eager in the same number format."""
+    if image is None or not reference_file.is_file():
         return {}
     from safetensors.torch import load_file
 
     from diffusion_fast.fidelity import compare
 
-    found = compare(image, load_file(reference_file)["image"])
-    return {"psnr_db": found.psnr_db, "ssim": found.ssim, "identical_to_reference": found.identical}
+    images = load_file(reference_file)
+    found = compare(image, images["float32"])
+    facts = {"psnr_db": found.psnr_db, "ssim": found.ssim, "identical_to_reference": found.identical}
+    if images[numbers].isfinite().all():  # an fp16 that overflows in eager mode is nothing to be compared with
+        eager = compare(image, images[numbers])
+        facts |= {"psnr_eager_db": eager.psnr_db, "ssim_eager": eager.ssim}
+    return facts
 
 
 def _one_step(build: Build, steps_file: Path) -> dict[str, Any]:
@@ -290,18 +308,18 @@ def _one_step(build: Build, steps_file: Path) -> dict[str, Any]:
     from diffusion_fast import onestep
 
     steps = torch.load(steps_file, weights_only=True)
-    return onestep.compare(build.spec, onestep.replay(build, steps), steps)
+    return {"one_step": onestep.compare(build.spec, onestep.replay(build, steps), steps)}
 
 
-def _limits(build: Build, flops_file: Path, latency_s: float) -> dict[str, float]:
+def _limits(build: Build, flops_file: Path, latency_s: float) -> dict[str, Any]:
     if not flops_file.is_file():
         return {}
     from diffusion_fast import roofline
 
-    return roofline.limits(build, spool.read_json(flops_file), latency_s)
+    return {"limits": roofline.limits(build, spool.read_json(flops_file), latency_s)}
 
 
-def _accuracy(build: Build, folder: Path) -> dict[str, float]:
+def _accuracy(build: Build, folder: Path) -> dict[str, Any]:
     """Have held-out prompts painted and judged; keep the verdicts, and a sheet of the pictures with them."""
     from diffusion_fast import accuracy, world
     from diffusion_fast.pipeline import call_for
@@ -314,7 +332,7 @@ def _accuracy(build: Build, folder: Path) -> dict[str, float]:
     title = f"{spec.rung}: {found.right} of {found.prompts} held-out prompts right"
     title += f", of which the first {SHEET_PROMPTS} are here" if found.prompts > SHEET_PROMPTS else ""
     accuracy.sheet(painted[:SHEET_PROMPTS], title).save(folder / spool.PROMPTS_SHEET, quality=90)
-    return found.to_dict()
+    return {"accuracy": found.to_dict()}
 
 
 def _to_pil(image: Any) -> list[Any]:

@@ -60,7 +60,7 @@ def test_a_measurement_has_its_samples_its_image_and_its_fidelity(prepared: tupl
     spec, folder = prepared
     reference = spool.reference_file(folder.parents[1])
     reference.parent.mkdir()
-    save_file({"image": torch.rand(1, 3, 1024, 1024)}, reference)
+    save_file({"float32": torch.rand(1, 3, 1024, 1024)}, reference)
     result = worker.measure_rung(spec, folder, Silent())  # type: ignore[arg-type]
     assert len(result.samples_s) >= 10
     assert result.latency_median_s == pytest.approx(0.3, abs=0.05)
@@ -140,7 +140,7 @@ def test_what_fails_after_the_timed_calls_costs_no_measurement(
     spec, folder = prepared
     reference = spool.reference_file(folder.parents[1])
     reference.parent.mkdir()
-    save_file({"image": torch.rand(1, 3, 1024, 1024)}, reference)
+    save_file({"float32": torch.rand(1, 3, 1024, 1024)}, reference)
     smaller = torch.rand(1, 3, 512, 512)
     monkeypatch.setattr(worker, "_phases", lambda build: ({"denoising_s": 0.2}, smaller))
     result = worker.measure_rung(spec, folder, Silent())  # type: ignore[arg-type]
@@ -148,6 +148,7 @@ def test_what_fails_after_the_timed_calls_costs_no_measurement(
     assert result.phases == {"denoising_s": 0.2}
     assert (result.psnr_db, result.image_repeats) == (None, False)
     assert "its reference (1, 3, 1024, 1024)" in result.problem
+    assert result.accuracy["right"] == 8  # and what comes after it is found out nevertheless
 
 
 def test_what_is_killed_after_the_timed_calls_leaves_its_measurement(
