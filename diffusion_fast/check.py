@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from diffusion_fast import stats
+from diffusion_fast.recipes import AA, LADDERS
 
 SAME = ("model", "weights", "device", "steps", "batch_size", "height", "width", "guidance_scale")
 FINGERPRINT = ("machine", "versions", "flags")
@@ -26,26 +27,32 @@ class Verdict:
 
 
 def check(
-    baseline: Sequence[Row], candidate: Sequence[Row], aa: Sequence[Row], max_slowdown: float, across: bool = False
+    baseline: Sequence[Row], candidate: Sequence[Row], known: Sequence[Row], max_slowdown: float, across: bool = False
 ) -> Verdict:
     """Compare the latencies of two sets of measurements, each of one recipe: rows as `load_runs()` has them.
 
     What both sides have measured in the same rounds is compared within the rounds. Otherwise a ladder is one sample,
-    and the spread between ladders is the sides' own where both have several; else it is that of `aa`, measurements of
-    ladders `aa` on the same machine. `max_slowdown` is 0.03 for 3%.
+    and the spread between ladders is the sides' own where both have several; else it is that of ladders `aa` on the
+    same machine, which are looked for among `known`: all that was measured. `max_slowdown` is 0.03 for 3%.
 
-    Raises ValueError where a side is empty or of several recipes, or where the two can't be compared. `across` lets
-    machines and versions differ.
+    Of the baseline those count that have the candidate's machine, versions and flags; `across` lets them differ.
+
+    Raises ValueError where a side is empty or of several recipes, or where the two can't be compared.
     """
     sides = {"baseline": _finished(baseline), "candidate": _finished(candidate)}
     for side, rows in sides.items():
         if not rows:
-            raise ValueError(f"The {side} matches no finished measurement.")
+            there = ", ".join(sorted({str(row["recipe"]) for row in _finished(known)})) or "none"
+            raise ValueError(f"The {side} matches no finished measurement; finished ones are of the recipes: {there}.")
         recipes = sorted({_recipe(row) for row in rows})
         if len(recipes) > 1:
             raise ValueError(f"The {side} must match one recipe, and matches {len(recipes)}: {', '.join(recipes)}.")
+    here = {_fingerprint(row) for row in sides["candidate"]}
+    like = [row for row in sides["baseline"] if _fingerprint(row) in here]
+    if like and not across:  # a baseline that grows over the years has been on other drivers and versions, too
+        sides["baseline"] = like
     for name in (*SAME, *(() if across else FINGERPRINT)):
-        values = sorted({str(row.get(name, "")) for rows in sides.values() for row in rows})
+        values = sorted({_text(row, name) for rows in sides.values() for row in rows})
         if len(values) > 1:
             more = ": --across compares them nevertheless" if name in FINGERPRINT else ""
             raise ValueError(f"The measurements differ in {name} ({' and '.join(values)}){more}.")
@@ -55,8 +62,9 @@ def check(
         raise ValueError(f"Baseline and candidate share {len(shared)} of their runs: make the queries tell them apart.")
 
     one = sides["baseline"][0]
-    alike = [row for row in _finished(aa) if all(row.get(name) == one.get(name) for name in (*SAME, *FINGERPRINT))]
-    ratio, how = _paired(**sides) or _unpaired(**sides, aa=alike)
+    again = {recipe.name for recipe in LADDERS[AA]}
+    aa = [row for row in _finished(known) if row["recipe"] in again and alike(row, one)]
+    ratio, how = _paired(**sides) or _unpaired(**sides, aa=aa)
     names = f"the candidate ({sides['candidate'][0]['recipe']})", f"the baseline ({one['recipe']})"
     if ratio.low is None or ratio.high is None:
         return Verdict("unknown", f"Can't tell whether {names[0]} is slower than {names[1]}: {how}.")
@@ -71,6 +79,21 @@ def check(
     if ratio.high <= 1 + max_slowdown:
         return Verdict("ok", f"{said}: within {allowed}.")
     return Verdict("unknown", f"{said}: can't tell whether that is more than {allowed}.")
+
+
+def alike(one: Row, other: Row) -> bool:
+    """Whether two measurements have the same settings, machine, versions and flags."""
+    return all(_text(one, name) == _text(other, name) for name in (*SAME, *FINGERPRINT))
+
+
+def _fingerprint(row: Row) -> tuple[str, ...]:
+    return tuple(_text(row, name) for name in FINGERPRINT)
+
+
+def _text(row: Row, name: str) -> str:
+    """A column that isn't there, in runs of before it was, is as empty as one that says nothing."""
+    value = row.get(name)
+    return "" if value is None else str(value)
 
 
 def _recipe(row: Row) -> str:
@@ -89,17 +112,22 @@ def _finished(rows: Sequence[Row]) -> list[Row]:
 
 
 def _paired(baseline: list[Row], candidate: list[Row]) -> tuple[stats.Ratio, str] | None:
-    """The ratio within rounds that both sides have, if these are at least two."""
+    """The ratio within rounds that both sides have, if these are at least two; of several ladders, a ratio each."""
     theirs = {(row["ladder_id"], row["round"]): row for row in baseline}
     both = [(row, theirs[key]) for row in candidate if (key := (row["ladder_id"], row["round"])) in theirs]
     if len(both) < 2:
         return None
-    ladders = {row["ladder_id"] for row, _ in both}
-    planned = max(row["planned_rounds"] for row, _ in both) if len(ladders) == 1 else len(both)
-    numbers = [row["round"] for row, _ in both] if len(ladders) == 1 else range(1, len(both) + 1)
-    logs = [math.log(row["latency_median_s"] / other["latency_median_s"]) for row, other in both]
-    ratio = stats.mean_ratio(dict(zip(numbers, logs, strict=True)), planned)
-    return ratio, f"{len(both)} rounds that both have"
+    ladders: dict[str, dict[int, float]] = {}
+    for row, other in both:
+        log = math.log(row["latency_median_s"] / other["latency_median_s"])
+        ladders.setdefault(row["ladder_id"], {})[row["round"]] = log
+    if len(ladders) == 1:
+        (rounds,) = ladders.values()
+        planned = stats.planned_rounds(row["planned_rounds"] for row, _ in both)
+        return stats.mean_ratio(rounds, planned), f"{len(both)} rounds that both have"
+    # What differs from ladder to ladder, all rounds of a ladder share.
+    means = {number: statistics.fmean(each.values()) for number, each in enumerate(ladders.values(), 1)}
+    return stats.mean_ratio(means, len(means)), f"{len(means)} ladders that both are in"
 
 
 def _unpaired(baseline: list[Row], candidate: list[Row], aa: list[Row]) -> tuple[stats.Ratio, str]:
@@ -127,7 +155,8 @@ def _unpaired(baseline: list[Row], candidate: list[Row], aa: list[Row]) -> tuple
             "several times, with the same model, steps and sizes",
         )
     ratio = stats.ratio_by_known_spread(ours, theirs, known)
-    return ratio, f"{counts}, the spread between ladders from {max(map(len, known))} ladders `aa`"
+    of = ", ".join(sorted({row["optimizations"] for row in first}))
+    return ratio, f"{counts}, the spread between ladders from {max(map(len, known))} ladders `aa` of {of}"
 
 
 def _by_ladder(rows: list[Row]) -> dict[str, float]:

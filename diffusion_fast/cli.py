@@ -22,7 +22,7 @@ from diffusion_fast import ladder as climbing
 from diffusion_fast.console import fail
 from diffusion_fast.models import MODELS, WeightsUnreachableError, check_weights
 from diffusion_fast.optimizations import OPTIMIZATIONS
-from diffusion_fast.recipes import AA, LADDERS
+from diffusion_fast.recipes import LADDERS
 from diffusion_fast.spec import Recipe
 
 UNTIL_ROUNDS = 5  # planned by --until at least: of fewer, the spread is so ill known that many would be added
@@ -104,6 +104,14 @@ measuring = options(
         help="How often everything is measured, each time in a new process.",
     ),
     click.option("--tag", default="", help="A word of your own on every run."),
+    click.option(
+        "--exclusive",
+        type=bool,
+        is_flag=False,
+        flag_value=True,
+        default=False,
+        help="Refuse to start beside another process on the GPU.",
+    ),
     click.option("--timeout", type=click.IntRange(1), default=3600, show_default=True, help="Seconds a rung may take."),
     click.option(
         "--spool",
@@ -128,6 +136,13 @@ measuring = options(
         help="Go on with the newest such ladder: only what is missing.",
     ),
     click.option("--no-track", is_flag=True, help="Measure into the spool alone; `sync` records it later."),
+)
+one_recipe = options(
+    click.option("--with", "names", default="", metavar="NAME,NAME", help="Optimizations; their order has no meaning."),
+    click.option("--recipe", "recipe_name", default="", help="A rung of --ladder, as a start for --with."),
+    click.option(
+        "--ladder", "ladder_name", default="progressive", show_default=True, help="Where --recipe comes from."
+    ),
 )
 tracked = options(
     click.option("--experiment", envvar="MLFLOW_EXPERIMENT_NAME", help="MLflow experiment [default: diffusion_fast]"),
@@ -199,13 +214,24 @@ def ladder(name: str, only: str, device: str, **chosen: Any) -> None:
 
 
 @main.command()
-@click.option("--with", "names", default="", metavar="NAME,NAME", help="Optimizations; their order has no meaning.")
-@click.option("--recipe", "recipe_name", default="", help="A rung of --ladder, as a start for --with.")
-@click.option("--ladder", "ladder_name", default="progressive", show_default=True, help="Where --recipe comes from.")
+@one_recipe
 @measuring
 @tracked
-def run(names: str, recipe_name: str, ladder_name: str, device: str, **chosen: Any) -> None:
+def run(**chosen: Any) -> None:
     """Measure one recipe of your choice. Without any, the baseline: fp32, vanilla attention, eager."""
+    _measure_one("run", **chosen)
+
+
+@main.command()
+@one_recipe
+@measuring
+@tracked
+def profile(**chosen: Any) -> None:
+    """Measure one recipe and show where its time goes: kernels by class, and a trace for chrome://tracing."""
+    _measure_one("profile", profile=True, **chosen)
+
+
+def _measure_one(what: str, *, names: str, recipe_name: str, ladder_name: str, device: str, **chosen: Any) -> None:
     with wrong_input_exits_2():
         found = plan.find_device(device)
         start = Recipe("baseline")
@@ -215,7 +241,7 @@ def run(names: str, recipe_name: str, ladder_name: str, device: str, **chosen: A
             start = plan.lookup("recipe", recipe_name, {recipe.name: recipe for recipe in recipes})
     more = [name for name in _names(names) if name not in start.optimizations]
     label = "-".join([*([start.name] if recipe_name or not more else []), *more])
-    _measure("run", (start.plus(label, *more),), notes, found, only=(), **chosen)
+    _measure(what, (start.plus(label, *more),), notes, found, only=(), **chosen)
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -239,6 +265,7 @@ def _measure(
     cache_dir: Path | None,
     resume: bool,
     no_track: bool,
+    exclusive: bool,
     rounds: int,
     experiment: str | None,
     tracking_uri: str | None,
@@ -260,8 +287,13 @@ def _measure(
                 raise ValueError(f"--until plans {first} rounds, and --max-rounds {max_rounds} is less.")
             found = plan.find_model(model)
             planned = plan.plan_ladder(name, recipes, found, device, chosen, notes)
-            for each in only:
-                climbing.resolve(planned, each)
+            named = {climbing.resolve(planned, each) for each in only}
+            if until is not None and named and planned.rungs[0].rung not in named:
+                raise ValueError(
+                    f"--until is about speed-ups: add {planned.rungs[0].recipe}, the first rung, to --only."
+                )
+            if exclusive:
+                plan.refuse_company(device)
             try:
                 check_weights(found, planned.reference.weights, plan.hub_parts(planned, found))
             except WeightsUnreachableError as error:
@@ -345,16 +377,14 @@ def check(
 
     with wrong_input_exits_2():
         try:
-            rows = [
-                reporting.records(load_runs(experiment, tracking_uri, query)) for query in (baseline, candidate, "")
-            ]
+            ours, theirs, known = (
+                reporting.records(load_runs(experiment, tracking_uri, query)) for query in (candidate, baseline, "")
+            )
         except TrackingError as error:
             fail(f"MLflow could not be read: {error}", 2)  # 1 would say that it is slower
         if max_slowdown is None:
             raise ValueError("--max-slowdown is a percentage such as 3%.")
-        again = {recipe.name for recipe in LADDERS[AA]}
-        aa = [row for row in rows[2] if row.get("recipe") in again]
-        verdict = checking.check(rows[0], rows[1], aa, max_slowdown, across)
+        verdict = checking.check(theirs, ours, known, max_slowdown, across)
     click.echo(verdict.sentence)
     sys.exit({"ok": 0, "slower": 1, "unknown": 3}[verdict.outcome])
 

@@ -59,9 +59,8 @@ def climb(
         outcomes = measure(todo)
         if rounds.until is not None:
             enough = rounds.planned
-            while (more := _enough(folder, rounds)) > enough:
+            while (more := _enough(folder, rounds, failed_rungs := _failed(outcomes))) > enough:
                 enough = more
-                failed_rungs = {outcome.spec.rung for outcome in outcomes if isinstance(outcome, Failure)}
                 added = climbing.missing(folder, only, rounds=enough, planned=rounds.planned)
                 outcomes += measure([spec for spec in added if spec.rung not in failed_rungs])
     except KeyboardInterrupt:
@@ -74,6 +73,9 @@ def climb(
     frame = report.from_spool(folder)
     if len(frame):
         show(frame, report.noise_floor(frame, report.floors_in(folder.parent)))
+    for outcome in outcomes:
+        if isinstance(outcome, Result) and outcome.profile:
+            tell_profile(spool.run_folder(folder, outcome.spec))
     failed = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
     last = spool.last_outcomes(folder).values()
     lossy = sorted({each.spec.rung for each in last if isinstance(each, Result) and each.fidelity_ok is False})
@@ -95,14 +97,24 @@ class Rounds:
     most: int = 1
 
 
-def _enough(folder: Path, rounds: Rounds) -> int:
-    """The rounds that `until` takes, by what is known so far, but not more than `most`."""
+def _failed(outcomes: list[Outcome]) -> set[str]:
+    return {outcome.spec.rung for outcome in outcomes if isinstance(outcome, Failure)}
+
+
+def _enough(folder: Path, rounds: Rounds, failed: set[str]) -> int:
+    """The rounds that `until` takes, by what is known so far of the rungs that go on, but not more than `most`."""
     from diffusion_fast import report, stats
 
     assert rounds.until is not None
+    if (first := spool.read_ladder(folder).rungs[0].rung) in failed:
+        click.echo(f"No rounds are added: {first}, which speed-ups are against, has failed")
+        return rounds.planned
+    frame = report.measurements(folder)
+    planned = report.planned_rounds(frame)
     needed = {
-        rung: stats.rounds_needed(ratios, rounds.planned, rounds.until) or rounds.planned
-        for rung, ratios in report.log_ratios(report.measurements(folder)).items()
+        rung: stats.rounds_needed(ratios, planned[rung], rounds.until) or rounds.planned
+        for rung, ratios in report.log_ratios(frame).items()
+        if rung not in failed
     }
     rung = max(needed, key=lambda name: needed[name], default="")
     if needed.get(rung, 0) > rounds.planned:
@@ -172,11 +184,23 @@ def show(frame: pd.DataFrame, floor: str = "") -> None:
 
     # Without a terminal to fit into, a table is as wide as it needs to be.
     console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(report.table(frame))
+    speed, *costs = report.tables(frame)
+    console.print(report.table(frame, speed, report.caption(frame)))
+    for columns in costs:
+        console.print(report.table(frame, columns))
     for warning in report.warnings(frame):
         click.echo(f"Warning: {warning}")
     if floor:
         click.echo(f"Note: {floor}")
+
+
+def tell_profile(run_folder: Path) -> None:
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(Markdown((run_folder / spool.PROFILE).read_text()))
+    click.echo(f"The trace, for chrome://tracing or ui.perfetto.dev: {run_folder / spool.TRACE}")
 
 
 def tell_link(recorded: Recorded) -> None:

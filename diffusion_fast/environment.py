@@ -11,9 +11,16 @@ from typing import Any
 
 import psutil
 
-# Variables that change how fast these libraries are, but for those that say where things lie, or on which device.
-FLAGS = ("TORCH", "PYTORCH_", "CUDA_", "CUBLAS", "CUDNN_", "NVIDIA_TF32", "TRITON_", "OMP_", "MKL_", "KMP_", "GOMP_")
-PLACES = ("_DIR", "_PATH", "_HOME", "_DEVICES", "_CAPABILITIES", "_VERSION")
+# Variables that change how fast these libraries are, but for those that say where things lie or on which device, what
+# to print, and for what a build was.
+FLAGS = (
+    *("TORCH", "PYTORCH_", "CUDA_", "CUBLAS", "CUDNN_", "NVIDIA_TF32", "TRITON_", "ATEN_", "DNNL_", "ONEDNN_"),
+    *("OMP_", "MKL_", "KMP_", "GOMP_", "LD_PRELOAD", "MALLOC_"),
+)
+NO_FLAGS = (
+    *("_DIR", "_DIRECTORY", "_PATH", "_HOME", "_DEVICES", "_DEVICE_ORDER", "_CAPABILITIES", "_VERSION", "_LOGS"),
+    *("_ARCH_LIST", "_BUILD_NUMBER", "_COMPILE_THREADS", "_CACHE_MAXSIZE"),
+)
 LIBRARIES = ("torch", "diffusers", "transformers", "torchao", "accelerate", "triton", "numpy")
 
 
@@ -32,7 +39,7 @@ def describe(device: str) -> dict[str, Any]:
         "flags": " ".join(
             f"{name}={value}"
             for name, value in sorted(os.environ.items())
-            if name.startswith(FLAGS) and not name.endswith(PLACES)
+            if name.startswith(FLAGS) and not name.endswith(NO_FLAGS)
         ),
         "commit": _commit(),
     }
@@ -93,11 +100,13 @@ def _commit() -> str | None:
     return head[:12] + ("+" if changes.stdout else "")
 
 
-def _driver() -> str:
+def _driver() -> str | None:
     import pynvml
 
-    pynvml.nvmlInit()
+    from diffusion_fast.measure import NVML_TROUBLE
+
     try:
+        pynvml.nvmlInit()
         return str(pynvml.nvmlSystemGetDriverVersion())
-    finally:
-        pynvml.nvmlShutdown()
+    except NVML_TROUBLE:
+        return None

@@ -16,6 +16,33 @@ class Fidelity:
     identical: bool
 
 
+CLIP = "openai/clip-vit-large-patch14"  # one model, so that scores compare
+
+
+def clip_score(image: Any, prompt: str) -> float | None:
+    """How well the images show the prompt, 0 to 100: the mean cosine similarity of CLIP's embeddings, times 100.
+
+    Hessel et al. 2021 (https://arxiv.org/abs/2104.08718), scaled as torchmetrics scales it. `image`: float tensor of
+    shape (batch, 3, height, width) in 0..1. None where CLIP's weights aren't in the hub's cache: nothing is downloaded.
+    """
+    import torch
+    from huggingface_hub import try_to_load_from_cache
+
+    if not isinstance(try_to_load_from_cache(CLIP, "model.safetensors"), str):
+        return None
+    from transformers import CLIPModel, CLIPProcessor
+
+    model = CLIPModel.from_pretrained(CLIP, local_files_only=True, use_safetensors=True)
+    processor = CLIPProcessor.from_pretrained(CLIP, local_files_only=True)
+    pixels = list((image * 255).round().clamp(0, 255).byte())
+    # CLIP reads 77 tokens: what comes after them it never sees.
+    inputs = processor(text=[prompt], images=pixels, return_tensors="pt", truncation=True, max_length=77)
+    with torch.no_grad():
+        found = model(**inputs)
+    similarity = torch.nn.functional.cosine_similarity(found.image_embeds, found.text_embeds)
+    return float(similarity.mean().clamp(min=0) * 100)
+
+
 def compare(image: Any, reference: Any) -> Fidelity:
     """Compare two batches of images: float tensors of shape (batch, 3, height, width) in 0..1, before rounding.
 

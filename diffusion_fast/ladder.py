@@ -70,8 +70,8 @@ def resolve(ladder: Ladder, name: str) -> str:
 def find_resumable(root: Path, planned: Ladder) -> Path | None:
     """The newest ladder in a spool that measures just what is planned, on this machine; None where there is none."""
 
-    def key(ladder: Ladder) -> tuple[dict[str, str], list[tuple[str, str, str]]]:
-        return ladder.machine, [(spec.rung, spec.conditions, spec.tag) for spec in ladder.rungs]
+    def key(ladder: Ladder) -> tuple[dict[str, str], list[tuple[str, str, str, bool]]]:
+        return ladder.machine, [(spec.rung, spec.conditions, spec.tag, spec.profile) for spec in ladder.rungs]
 
     for folder in reversed(spool.find_ladders(root)):
         if key(spool.read_ladder(folder)) == key(planned):

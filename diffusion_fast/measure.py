@@ -12,12 +12,15 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pynvml
 
 MIN_CALLS = 10
 MIN_SECONDS = 3.0
 MAX_WARMUP = 5
 AGREEMENT = 0.05  # two warm-up calls that differ by less are a steady state
 GIB = 1024**3
+# No answer; a driver and a library of different versions; a question that this version of pynvml doesn't know.
+NVML_TROUBLE = (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError, AttributeError)
 
 
 def timed(function: Callable[[], Any], device: str) -> tuple[float, Any]:
@@ -105,21 +108,22 @@ class PeakMemory:
 def _process_on_gpu() -> dict[str, float]:
     """What the driver says that this process holds, its context and kernels included; nothing where it doesn't say.
 
-    In a container the driver may know processes by other numbers than they know themselves.
+    In a container the driver may know processes by other numbers than they know themselves: then a process that is
+    alone on the GPU is this one.
     """
-    import pynvml
+    import torch
 
     try:
         handle = nvml_handle()
         held = {each.pid: each.usedGpuMemory for each in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
-    except pynvml.NVMLError:
+    except NVML_TROUBLE:
         return {}
-    return {"process_gib": held[os.getpid()] / GIB} if held.get(os.getpid()) else {}
+    own = held.get(os.getpid(), next(iter(held.values())) if len(held) == 1 else None)
+    return {"process_gib": own / GIB} if own and own >= torch.cuda.memory_reserved() else {}
 
 
 def nvml_handle() -> Any:
-    """NVML's handle of the GPU that torch uses, which NVML may number otherwise. Raises pynvml.NVMLError."""
-    import pynvml
+    """NVML's handle of the GPU that torch uses, which NVML may number otherwise. Raises one of NVML_TROUBLE."""
     import torch
 
     pynvml.nvmlInit()
@@ -135,6 +139,20 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
+@contextmanager
+def standing_in(owner: Any, method: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+    """Within, calls of `owner.method` go to what `make` makes of it."""
+    original, had_own = getattr(owner, method), method in vars(owner)
+    setattr(owner, method, make(original))
+    try:
+        yield
+    finally:
+        if had_own:
+            setattr(owner, method, original)
+        else:
+            delattr(owner, method)
+
+
 class Stopwatches:
     """Measure parts of a call by standing in for methods while it runs, by a clock, or whatever else counts up."""
 
@@ -146,21 +164,16 @@ class Stopwatches:
     @contextmanager
     def on(self, name: str, owner: Any, method: str) -> Iterator[None]:
         """Within, calls of `owner.method` add to `totals[name]`, and their first argument is kept."""
-        original = getattr(owner, method)
-        had_own = method in vars(owner)
 
-        def stopped(*args: Any, **kwargs: Any) -> Any:
-            start = self.clock()
-            value = original(*args, **kwargs)
-            self.totals[name] = self.totals.get(name, 0.0) + self.clock() - start
-            self.first_arguments[name] = args[0] if args else None
-            return value
+        def stopped(original: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                start = self.clock()
+                value = original(*args, **kwargs)
+                self.totals[name] = self.totals.get(name, 0.0) + self.clock() - start
+                self.first_arguments[name] = args[0] if args else None
+                return value
 
-        setattr(owner, method, stopped)
-        try:
+            return call
+
+        with standing_in(owner, method, stopped):
             yield
-        finally:
-            if had_own:
-                setattr(owner, method, original)
-            else:
-                delattr(owner, method)

@@ -91,8 +91,9 @@ def compare(spec: RunSpec, outputs: list[Any], steps: list[Step]) -> dict[str, A
     for output, step in zip(outputs, steps, strict=True):
         reference = step["output"]
         eager = reference if spec.numbers == "float32" else step["eager"][spec.numbers]
-        if not output.isfinite().all():
-            raise ValueError(f"the denoiser gave values that are not finite at step {step['index']}")
+        for who, values in (("the denoiser", output), (f"eager {spec.numbers}", eager)):
+            if not values.isfinite().all():
+                raise ValueError(f"{who} gave values that are not finite at step {step['index']}")
         error.append(_distance(output, reference))
         floor.append(_distance(eager, reference))
         to_eager.append(_distance(output, eager))

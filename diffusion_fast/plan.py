@@ -7,10 +7,10 @@ import importlib.metadata
 import math
 import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from diffusion_fast import world
 from diffusion_fast.models import MODELS
@@ -47,6 +47,7 @@ class Settings:
     compile_mode: str | None = None
     accuracy_prompts: int | None = None
     tag: str = ""
+    profile: bool = False
 
 
 def find_device(wanted: str = "auto") -> Device:
@@ -59,7 +60,32 @@ def find_device(wanted: str = "auto") -> Device:
     return Device("cpu", f"CPU, {os.cpu_count()} cores")
 
 
+def refuse_company(device: Device) -> None:
+    """Raise ValueError where another process is on the GPU, or where there is no GPU to be alone on."""
+    import pynvml
+
+    if device.kind != "cuda":
+        raise ValueError("--exclusive is about other processes on a GPU, and this ladder runs on a CPU.")
+    found = _ask_gpu(pynvml.nvmlDeviceGetComputeRunningProcesses)
+    if found is None:
+        raise ValueError(f"--exclusive: {device.name} doesn't say which processes are on it.")
+    if found:
+        numbers = ", ".join(str(process.pid) for process in found)
+        raise ValueError(f"--exclusive: {len(found)} other processes are on {device.name} (by number: {numbers}).")
+
+
 def _first_gpu() -> Device | None:
+    import pynvml
+
+    def describe(handle: Any) -> Device:
+        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+        return Device("cuda", pynvml.nvmlDeviceGetName(handle), (major, minor))
+
+    return _ask_gpu(describe)
+
+
+def _ask_gpu(question: Callable[[Any], T]) -> T | None:
+    """NVML's answer about the GPU that torch would use; None where there is no such GPU, or no answer."""
     import pynvml
 
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
@@ -70,9 +96,9 @@ def _first_gpu() -> Device | None:
     except pynvml.NVMLError:
         return None
     try:
-        handle = pynvml.nvmlDeviceGetHandleByIndex(int(visible) if visible.isdigit() else 0)
-        major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-        return Device("cuda", pynvml.nvmlDeviceGetName(handle), (major, minor))
+        if visible.startswith("GPU-"):
+            return question(pynvml.nvmlDeviceGetHandleByUUID(visible))
+        return question(pynvml.nvmlDeviceGetHandleByIndex(int(visible) if visible.isdigit() else 0))
     except pynvml.NVMLError:
         return None
     finally:
@@ -151,6 +177,7 @@ def plan_ladder(
             seed=settings.seed,
             accuracy_prompts=0 if rung == REFERENCE else accuracy_prompts,
             tag=settings.tag,
+            profile=settings.profile and rung != REFERENCE,
         )
 
     return Ladder(

@@ -30,16 +30,28 @@ COLUMNS = (
     ("first_call_s", "first call s", "{:.1f}"),
     ("cache_state", "cache", "{}"),
     ("first_call_warm_s", "warm s", "{:.1f}"),
-    ("mfu", "MFU", "{:.1%}"),
     ("psnr_db", "PSNR dB", "{:.1f}"),
     ("ssim", "SSIM", "{:.4f}"),
-    ("one_step_error_max", "step error", "{:.1e}"),
     ("prompt_accuracy", "prompts right", "{:.1%}"),
     ("rounds", "rounds", "{:g}"),
 )
-OPTIONAL = ("mfu", "one_step_error_max", "prompt_accuracy", "first_call_warm_s", "rounds")  # shown where a rung has it
+OPTIONAL = ("prompt_accuracy", "first_call_warm_s", "rounds")  # shown where a rung has it
+# The second table: what it took, how close that is to what the device can do, and what it cost in fidelity.
+COSTS = (
+    ("rung", "rung", "{}"),
+    ("weights_gib", "weights GiB", "{:.2f}"),
+    ("peak_reserved_gib", "reserved GiB", "{:.2f}"),
+    ("process_gib", "process GiB", "{:.2f}"),
+    ("energy_per_image_j", "J an image", "{:.0f}"),
+    ("mfu", "MFU", "{:.1%}"),
+    ("floor_percent", "floor", "{:.0f}%"),
+    ("one_step_error_max", "step error", "{:.1e}"),
+    ("one_step_floor_max", "eager's", "{:.1e}"),
+    ("one_step_to_eager_max", "to eager", "{:.1e}"),
+    ("psnr_eager_db", "PSNR to eager", "{:.1f}"),
+    ("clip_score", "CLIP", "{:.1f}"),
+)
 MILLISECONDS = ("denoising_step_s", "vae_decode_s")
-OTHERS = 0.1  # of all cores: what a tenth of a CPU did beside the measurement is worth a warning
 WORST = ("others_cpu_share", "recompilations", "cuda_graph_captures", "gpu_processes")  # of the rounds, not the median
 NO_DIFFERENCE = "no difference seen"
 
@@ -100,7 +112,7 @@ def _one_row(rounds: list[dict[str, Any]], ratios: dict[int, float]) -> dict[str
         problems.append(f"only {len(ratios)} of its {len(measured)} rounds have a first rung to compare with")
     found["problem"] = "; ".join(dict.fromkeys(problems))
     if ratios:
-        judged = stats.mean_ratio(ratios, max(row["planned_rounds"] for row in measured))
+        judged = stats.mean_ratio(ratios, stats.planned_rounds(row["planned_rounds"] for row in rounds))
         found |= {"speedup": judged.ratio, "speedup_base": next(row["speedup_base"] for row in measured)}
         if judged.low is not None:
             found |= {"speedup_low": judged.low, "speedup_high": judged.high}
@@ -148,21 +160,28 @@ def log_ratios(frame: pd.DataFrame) -> dict[str, dict[int, float]]:
     return found
 
 
+def planned_rounds(frame: pd.DataFrame) -> dict[str, int]:
+    """By rung the rounds that were decided on before any was measured, see stats.py."""
+    told: dict[str, list[int]] = {}
+    for row in records(frame):
+        told.setdefault(row["rung"], []).append(row["planned_rounds"])
+    return {rung: stats.planned_rounds(counts) for rung, counts in told.items()}
+
+
 def noise_floor(frame: pd.DataFrame, others: Iterable[pd.DataFrame]) -> str:
     """What this machine's noise is, by the newest of `others`, measurements of ladders `aa` of several rounds.
 
     Empty where none of them has the machine, versions and settings of the table.
     """
-    names = (*check.SAME, *check.FINGERPRINT)
-    here = {name: frame.iloc[0].get(name) for name in names}
+    here = records(frame)[0]
     said = ""
     for other in others:
         rungs = records(summarize(other))
-        if len(rungs) == 2 and "speedup_low" in rungs[1] and all(rungs[1].get(name) == here[name] for name in names):
+        if len(rungs) == 2 and "speedup_low" in rungs[1] and check.alike(rungs[1], here):
             low, ratio, high = (rungs[1][name] for name in ("speedup_low", "speedup", "speedup_high"))
             said = (
-                f"noise floor: the same recipe twice came to {ratio:.3f}× ({low:.3f}–{high:.3f}) in "
-                f"{rungs[1]['rounds']} rounds of {rungs[1]['ladder_id']}"
+                f"noise floor: the same recipe ({rungs[1]['optimizations']}) twice came to {ratio:.3f}× "
+                f"({low:.3f}–{high:.3f}) in {rungs[1]['rounds']} rounds of {rungs[1]['ladder_id']}"
             )
     return said
 
@@ -205,14 +224,21 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in row.items() if pd.notna(value)} for row in frame.to_dict("records")]
 
 
-def _columns(frame: pd.DataFrame) -> list[tuple[str, str, str]]:
-    """The columns that a table of these rungs has."""
-    return [
-        each for each in COLUMNS if each[0] not in OPTIONAL or (each[0] in frame and bool(frame[each[0]].notna().any()))
-    ]
+Columns = Sequence[tuple[str, str, str]]
 
 
-def cells(row: dict[str, Any], columns: Sequence[tuple[str, str, str]]) -> list[str]:
+def tables(frame: pd.DataFrame) -> list[Columns]:
+    """The columns that the tables of these rungs have: of speed, and of costs where any are known."""
+
+    def known(name: str) -> bool:
+        return name in frame and bool(frame[name].notna().any())
+
+    speed = [each for each in COLUMNS if each[0] not in OPTIONAL or known(each[0])]
+    costs = [each for each in COSTS if known(each[0])]
+    return [speed, costs] if len(costs) > 1 else [speed]
+
+
+def cells(row: dict[str, Any], columns: Columns) -> list[str]:
     """A row as the table shows it."""
     if row["status"] == "FAILED":
         return [row["rung"], f"{row['reason']}: {row['error'].splitlines()[0][:100]}", *[""] * (len(columns) - 2)]
@@ -230,12 +256,11 @@ def cells(row: dict[str, Any], columns: Sequence[tuple[str, str, str]]) -> list[
     return texts
 
 
-def table(frame: pd.DataFrame) -> Table:
+def table(frame: pd.DataFrame, columns: Columns, caption: str = "") -> Table:
     """The ladder for a terminal."""
     from rich.table import Table
 
-    made = Table(caption=caption(frame), caption_justify="left")
-    columns = _columns(frame)
+    made = Table(caption=caption, caption_justify="left")
     for column, heading, _ in columns:
         left = column in ("rung", "cache")
         made.add_column(heading, justify="left" if left else "right", no_wrap=column == "rung")
@@ -273,41 +298,26 @@ def warnings(frame: pd.DataFrame) -> list[str]:
     """What a reader of the table must know of single rungs."""
     found = [f"no speed-up: {clause}" for clause in refused(frame)]
     for row in records(frame):
-        if row.get("warmed_up") is False:
-            found.append(f"{row['rung']} was still getting faster or slower by more than 5% when it was measured")
-        if row.get("image_repeats") is False:
-            found.append(f"{row['rung']} made different images from the same seed")
-        if row.get("recompilations", 0) > 0 or row.get("cuda_graph_captures", 0) > 0:
-            found.append(f"{row['rung']} compiled, or captured a CUDA graph, while it was measured")
-        if row.get("others_cpu_share", 0) > OTHERS:
-            found.append(f"others used {row['others_cpu_share']:.0%} of the CPU while {row['rung']} was measured")
-        if row.get("gpu_processes", 0) > 1:
-            found.append(f"another process was on the GPU while {row['rung']} was measured")
-        if row.get("held_back"):
-            found.append(f"the GPU was held back ({row['held_back']}) while {row['rung']} was measured")
         if failed := row.get("failed_rounds"):
             found.append(f"{row['rung']} failed in {failed:g} of its {failed + row['rounds']:g} rounds")
-        if row.get("fidelity_ok") is False:
-            error, floor = row["one_step_error_max"], row["one_step_floor_max"]
-            found.append(
-                f"{row['rung']} loses more than rounding: a step's error is {error:.1e}, eager's is {floor:.1e}"
-            )
-        if row.get("problem"):
-            found.append(f"{row['rung']}: {row['problem']}")
+        found += rows.warnings(row)
     return found
 
 
 def markdown(frame: pd.DataFrame, notes: Iterable[str] = ()) -> str:
     """The table as markdown, the warnings about single rungs, and the ladder's notes."""
-    columns = _columns(frame)
+    speed, *costs = (_markdown_table(frame, columns) for columns in tables(frame))
+    text = "\n".join([speed, f"{caption(frame)}\n", *costs])
+    text += "".join(f"\nWarning: {warning}.\n" for warning in warnings(frame))
+    return text + "".join(f"\nNote: {note}.\n" for note in notes)
+
+
+def _markdown_table(frame: pd.DataFrame, columns: Columns) -> str:
     lines = [
         "| " + " | ".join(heading for _, heading, _ in columns) + " |",
         "|" + "|".join("---" if column in ("rung", "cache") else "--:" for column, _, _ in columns) + "|",
     ]
-    lines += ["| " + " | ".join(cells(row, columns)) + " |" for row in records(frame)]
-    text = "\n".join(lines) + f"\n\n{caption(frame)}\n"
-    text += "".join(f"\nWarning: {warning}.\n" for warning in warnings(frame))
-    return text + "".join(f"\nNote: {note}.\n" for note in notes)
+    return "\n".join([*lines, *("| " + " | ".join(cells(row, columns)) + " |" for row in records(frame)), ""])
 
 
 def plot(frame: pd.DataFrame, path: Path) -> None:
@@ -327,8 +337,7 @@ def plot(frame: pd.DataFrame, path: Path) -> None:
             continue
         median, low, high = (row[f"latency_{which}_s"] for which in ("median", "p10", "p90"))
         bar = axes.bar(place, median, yerr=[[median - low], [high - median]], color="#4477aa", capsize=4)
-        speedup = f"\n{row['speedup']:.2f}×" if row.get("speedup", 0) > 0 else ""
-        axes.bar_label(bar, [f"{median:.3g} s{speedup}"], padding=3)
+        axes.bar_label(bar, [f"{median:.3g} s{_speedup_label(row)}"], padding=3)
     axes.margins(y=0.18)
     axes.set_xlim(-0.6, len(frame) - 0.4)
     axes.set_xticks(range(len(frame)), frame["rung"], rotation=20)
@@ -337,6 +346,14 @@ def plot(frame: pd.DataFrame, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def _speedup_label(row: dict[str, Any]) -> str:
+    label = f"\n{row['speedup']:.2f}×" if row.get("speedup", 0) > 0 else ""
+    if "speedup_low" in row and row["rung"] != row["speedup_base"]:
+        label += f" ({row['speedup_low']:.2f}–{row['speedup_high']:.2f})"
+        label += f"\n{NO_DIFFERENCE}" if row["speedup_low"] <= 1 <= row["speedup_high"] else ""
+    return label + ("\nloses more than rounding" if row.get("fidelity_ok") is False else "")
 
 
 def write(frame: pd.DataFrame, folder: Path, notes: Iterable[str] = ()) -> list[Path]:

@@ -5,6 +5,7 @@ The model: Williams, Waterman and Patterson 2009, https://doi.org/10.1145/149876
 
 from __future__ import annotations
 
+import functools
 import statistics
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,14 +15,17 @@ from typing import Any
 from diffusion_fast.measure import GIB, Stopwatches, timed
 from diffusion_fast.optimizations import Build
 
+KINDS = ("linear", "convolution", "attention")
+# Batched matmuls are attention's alone, and the rest of what is counted are its fused kernels.
+KIND_OF = {"aten.mm": "linear", "aten.addmm": "linear", "aten.convolution": "convolution"}
 PARTS = ("text_encoding", "denoising_step", "vae_decode")
 MATRIX = {"cuda": 8192, "cpu": 1024}  # rows of the square matrices: large enough to fill the device
 COPIED = {"cuda": GIB, "cpu": GIB // 4}  # bytes: more than any cache holds
 REPEATS = 10
 
 
-def count_flops(build: Build) -> dict[str, float]:
-    """Floating-point operations of a call's parts, by PARTS: of matmuls, convolutions and attention.
+def count_flops(build: Build) -> dict[str, dict[str, float]]:
+    """Floating-point operations of a call's parts, by PARTS and, in each, by KINDS.
 
     A multiplication and an addition are two. Counted while the eager pipeline makes one step, by
     torch.utils.flop_counter, which can't look into a compiled graph.
@@ -30,14 +34,19 @@ def count_flops(build: Build) -> dict[str, float]:
 
     from diffusion_fast.pipeline import call
 
+    def counted(kind: str) -> float:
+        counts = counter.get_flop_counts().get("Global", {})
+        return float(sum(count for name, count in counts.items() if KIND_OF.get(str(name), "attention") == kind))
+
     pipe = build.pipe
     with FlopCounterMode(display=False) as counter, ExitStack() as stack:
-        watches = Stopwatches(counter.get_total_flops)
-        stack.enter_context(watches.on("text_encoding", pipe, "encode_prompt"))
-        stack.enter_context(watches.on("denoising_step", build.denoiser, "forward"))
-        stack.enter_context(watches.on("vae_decode", pipe.vae, "decode"))
+        by_kind = {kind: Stopwatches(functools.partial(counted, kind)) for kind in KINDS}
+        for watches in by_kind.values():
+            stack.enter_context(watches.on("text_encoding", pipe, "encode_prompt"))
+            stack.enter_context(watches.on("denoising_step", build.denoiser, "forward"))
+            stack.enter_context(watches.on("vae_decode", pipe.vae, "decode"))
         call(replace(build, spec=replace(build.spec, steps=1)))
-    return {part: float(watches.totals[part]) for part in PARTS}
+    return {part: {kind: watches.totals[part] for kind, watches in by_kind.items()} for part in PARTS}
 
 
 def ceilings(build: Build) -> dict[str, float]:
@@ -78,7 +87,7 @@ def _bytes(tensor: Any) -> int:
     return int(tensor.numel() * tensor.element_size())
 
 
-def limits(build: Build, flops: dict[str, float], latency_s: float) -> dict[str, float]:
+def limits(build: Build, flops: dict[str, dict[str, float]], latency_s: float) -> dict[str, float]:
     """How much of the device a call of `latency_s` seconds uses.
 
     `floor_s` is the sum over the call's parts of what takes longer, to compute them or to read their weights once.
@@ -88,10 +97,11 @@ def limits(build: Build, flops: dict[str, float], latency_s: float) -> dict[str,
     sizes = weight_bytes(build)
     of_denoiser, of_vae = sizes[build.model.denoiser], _bytes_of(build.pipe.vae.decoder)
     read = dict(zip(PARTS, (sum(sizes.values()) - of_denoiser - sizes["vae"], of_denoiser, of_vae), strict=True))
-    total = sum(flops[part] * calls[part] for part in PARTS)
+    needed = {part: sum(flops[part].values()) for part in PARTS}
+    total = sum(needed[part] * calls[part] for part in PARTS)
     floor_s = sum(
         calls[part]
-        * max(flops[part] / found["matmul_ceiling_tflops"] / 1e12, read[part] / found["copy_ceiling_gbs"] / 1e9)
+        * max(needed[part] / found["matmul_ceiling_tflops"] / 1e12, read[part] / found["copy_ceiling_gbs"] / 1e9)
         for part in PARTS
     )
     return found | {

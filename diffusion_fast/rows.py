@@ -19,7 +19,7 @@ SERIES = (
     "one_step_floor",
     "one_step_to_eager",
 )  # metrics of many values, by repeat or by step
-FIDELITY = ("psnr_db", "ssim", "psnr_eager_db", "ssim_eager")
+FIDELITY = ("psnr_db", "ssim", "psnr_eager_db", "ssim_eager", "clip_score")
 ONE_STEP = ("error", "floor", "to_eager")  # of the reference, eager's own, and of eager in the same number format
 METRICS = (
     "latency_median_s",
@@ -49,6 +49,7 @@ METRICS = (
     "import_s",
     "first_call_s",
 )
+OTHERS = 0.1  # of all cores: what a tenth of a CPU did beside the measurement is worth a warning
 # What must be the same for two latencies to make a ratio: not the host's name, not which of its GPUs.
 MACHINE = ("gpu", "driver", "cpu")
 MACHINE_WITHOUT_GPU = ("cpu", "threads", "affinity")
@@ -100,6 +101,7 @@ def metrics(outcome: Outcome, base: Result | None) -> dict[str, float]:
         **outcome.phases,
         **outcome.memory,
         **outcome.limits,
+        **_profile(outcome.profile),
         **{name: value for name, value in outcome.surroundings.items() if not isinstance(value, str)},
         "peak_memory_gib": outcome.peak_memory_gib,
     }
@@ -120,6 +122,16 @@ def metrics(outcome: Outcome, base: Result | None) -> dict[str, float]:
             "prompt_count": outcome.accuracy["prompts"],
         }
     return found
+
+
+def _profile(found: dict[str, Any]) -> dict[str, float]:
+    """Flat: "profile/denoising_step/linear_ms" and so on."""
+    return {
+        f"profile/{part}/{kind}_{what}": value
+        for part, facts in found.items()
+        for kind, figures in facts["classes"].items()
+        for what, value in figures.items()
+    } | {f"profile/{part}/ms": facts["ms"] for part, facts in found.items()}
 
 
 def series(outcome: Outcome) -> dict[str, dict[int, float]]:
@@ -180,7 +192,7 @@ def labels(outcome: Outcome, base: Result | None) -> dict[str, str]:
     }
     if isinstance(outcome, Failure):
         return found | {"reason": outcome.reason, "error": outcome.message[:4000], "stage": outcome.stage}
-    return found | {
+    found |= {
         "cache_state": outcome.cache_state,
         "warmed_up": str(outcome.warmed_up),
         "image_repeats": str(outcome.image_repeats),
@@ -191,6 +203,30 @@ def labels(outcome: Outcome, base: Result | None) -> dict[str, str]:
         "ckpt_id": outcome.ckpt_id,
         "problem": outcome.problem,
     }
+    return found | {"warnings": "; ".join(warnings(found | metrics(outcome, base) | typed(found)))}
+
+
+def warnings(row: dict[str, Any]) -> list[str]:
+    """What a reader must know of a rung's row, a clause each."""
+    rung, found = row["rung"], []
+    if row.get("warmed_up") is False:
+        found.append(f"{rung} was still getting faster or slower by more than 5% when it was measured")
+    if row.get("image_repeats") is False:
+        found.append(f"{rung} made different images from the same seed")
+    if row.get("recompilations", 0) > 0 or row.get("cuda_graph_captures", 0) > 0:
+        found.append(f"{rung} compiled, or captured a CUDA graph, while it was measured")
+    if row.get("others_cpu_share", 0) > OTHERS:
+        found.append(f"others used {row['others_cpu_share']:.0%} of the CPU while {rung} was measured")
+    if row.get("gpu_processes", 0) > 1:
+        found.append(f"another process was on the GPU while {rung} was measured")
+    if row.get("held_back"):
+        found.append(f"the GPU was held back ({row['held_back']}) while {rung} was measured")
+    if row.get("fidelity_ok") is False:
+        error, floor = row["one_step_error_max"], row["one_step_floor_max"]
+        found.append(f"{rung} loses more than rounding: a step's error is {error:.1e}, eager's is {floor:.1e}")
+    if row.get("problem"):
+        found.append(f"{rung}: {row['problem']}")
+    return found
 
 
 def row(outcome: Outcome, base: Result | None) -> dict[str, Any]:

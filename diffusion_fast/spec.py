@@ -103,6 +103,7 @@ class RunSpec(_Json):
     seed: int
     accuracy_prompts: int = 0  # held-out prompts that it paints after the timed calls, for the judge
     tag: str = ""
+    profile: bool = False  # after all else, a short call under torch.profiler
 
     @property
     def measurement_id(self) -> str:
@@ -111,7 +112,7 @@ class RunSpec(_Json):
     @property
     def conditions(self) -> str:
         """A hash that equal measurements share, whatever they are called."""
-        labels = {"ladder_id", "rung", "round", "planned_rounds", "attempt", "recipe", "tag"}
+        labels = {"ladder_id", "rung", "round", "planned_rounds", "attempt", "recipe", "tag", "profile"}
         facts = {key: value for key, value in self.to_dict().items() if key not in labels}
         facts["optimizations"] = sorted(facts["optimizations"])
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
@@ -171,11 +172,13 @@ class Result(_Json):
     identical_to_reference: bool = False
     psnr_eager_db: float | None = None  # of eager in the same number format; None: identical, or there is none
     ssim_eager: float | None = None
+    clip_score: float | None = None  # None: CLIP's weights aren't at hand
     one_step: dict[str, Any] = field(default_factory=dict)  # errors of single denoising steps, see onestep.py
     limits: dict[str, float] = field(default_factory=dict)  # what the device could do, see roofline.py
     accuracy: dict[str, float] = field(
         default_factory=dict
     )  # of the held-out prompts: right, prompts, accuracy, low, high
+    profile: dict[str, Any] = field(default_factory=dict)  # where the time goes, see profile.py
     problem: str = ""  # what could not be found out after the timed calls, which count nevertheless
     environment: dict[str, Any] = field(default_factory=dict)
 

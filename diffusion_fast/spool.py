@@ -4,7 +4,8 @@ SPOOL/LADDER/ladder.json
              reference/              spec.json, reference.safetensors, steps.pt, flops.json, image.png, log.txt
              00-baseline/r1-a1/      spec.json, result.json | failure.json, image.png, image.jpg, result.csv,
                                      log.txt, progress.txt, environment.json, requirements.txt,
-                                     prompts.json, prompts.jpg (where prompts were judged)
+                                     prompts.json, prompts.jpg (where prompts were judged),
+                             profile.md, trace.json.gz (where it was profiled)
              .cache/00-baseline/     the rung's compile caches
 
 A folder with a training.json is a finished training of the bundled model (scripts/train_tiny.py): metrics.jsonl has a
@@ -28,6 +29,7 @@ LADDER, SPEC, RESULT, FAILURE = "ladder.json", "spec.json", "result.json", "fail
 TRAINING, TRAINING_METRICS, TRAINING_SAMPLES = "training.json", "metrics.jsonl", "samples"
 REFERENCE_IMAGE, REFERENCE_STEPS, REFERENCE_FLOPS = "reference.safetensors", "steps.pt", "flops.json"
 LOG, PROGRESS = "log.txt", "progress.txt"
+PROFILE, TRACE = "profile.md", "trace.json.gz"
 PROMPTS, PROMPTS_SHEET = "prompts.json", "prompts.jpg"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
@@ -54,6 +54,17 @@ def rounds_needed(log_ratios: Mapping[int, float], planned: int, until: float) -
     return None if reach is None else max(planned, math.ceil((reach / math.log1p(until)) ** 2))
 
 
+def planned_rounds(counts: Iterable[int]) -> int:
+    """How many rounds were decided on before any was measured, by what each round was told.
+
+    A ladder that is resumed for more rounds tells them more: those were decided on by someone who had seen the first.
+    Of a single round nothing could be seen but the ratio. Whoever goes on because of where the ratio is, and not of
+    how wide its interval is, isn't covered by any of this.
+    """
+    told = list(counts)
+    return min((count for count in told if count > 1), default=max(told))
+
+
 def _reach(log_ratios: Mapping[int, float], planned: int) -> float | None:
     """Half the width that the interval would have, were the mean that of a single round."""
     import numpy as np
@@ -87,7 +98,7 @@ def ratio_by_known_spread(ours: Sequence[float], theirs: Sequence[float], known:
     import numpy as np
     from scipy import stats
 
-    variance = float(np.mean([np.var(each, ddof=1) for each in known]))
+    variance = float(np.average([np.var(each, ddof=1) for each in known], weights=[len(each) - 1 for each in known]))
     scale = math.sqrt(variance * (1 / len(ours) + 1 / len(theirs)))
     difference = float(np.mean(ours) - np.mean(theirs))
     low, high = stats.t.interval(CONFIDENCE, max(map(len, known)) - 1, difference, scale) if scale else [difference] * 2

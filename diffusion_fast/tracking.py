@@ -148,7 +148,7 @@ def _record_rung(
         # The tag is what `nested=True` would set, which works in the process of the parent run only.
         color = COLORS[int(outcome.spec.rung.partition("-")[0]) % len(COLORS)]
         tags = {"mlflow.parentRunId": parent.info.run_id, "mlflow.runColor": color} | rows.labels(outcome, base)
-        name = outcome.spec.rung + (f" r{outcome.spec.round}" if outcome.spec.round > 1 else "")
+        name = outcome.spec.rung + (f" r{outcome.spec.round:02}" if outcome.spec.round > 1 else "")
         run = client.create_run(parent.info.experiment_id, finished_ms, tags, name)
     has = run.data
     metrics = {key: value for key, value in rows.metrics(outcome, base).items() if key not in has.metrics}
@@ -226,6 +226,8 @@ def _summarize(client: MlflowClient, folder: Path, run_id: str) -> None:
     if not len(frame):
         return
     notes = list(spool.read_ladder(folder).notes)
+    if floor := report.noise_floor(frame, report.floors_in(folder.parent)):
+        notes.append(floor)
     if failure := spool.reference_failure(folder):
         notes.append(f"there is no reference to compare images with: {failure.reason}: {failure.message}")
     summary = report.markdown(frame, notes)
@@ -316,6 +318,7 @@ def load_runs(experiment: str | None = None, tracking_uri: str | None = None, qu
     with _tracking_errors():
         client = connect(tracking_uri)
         found = _find_experiment(client, experiment)
+        others = [] if found else [each.name for each in client.search_experiments()]
         try:
             search_filter = f"tags.kind = 'rung' and {query}" if query else "tags.kind = 'rung'"
             runs = _search(client, found.experiment_id, search_filter) if found else []
@@ -326,7 +329,8 @@ def load_runs(experiment: str | None = None, tracking_uri: str | None = None, qu
     if wrong_query:
         raise ValueError(wrong_query)
     if found is None:
-        raise ValueError(f"There is no experiment {experiment or _experiment_name()!r} at {client.tracking_uri}.")
+        wanted = experiment or _experiment_name()
+        raise ValueError(f"There is no experiment {wanted!r} at {client.tracking_uri}; there are: {', '.join(others)}.")
     flat = [_flat(run) for run in runs]
     more = sorted({key for each in flat for key in each} - set(rows.COLUMNS) - {"run_id", DONE})
     frame = pd.DataFrame(flat).reindex(columns=["run_id", *rows.COLUMNS, *more])

@@ -6,20 +6,16 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, Self
 
 import psutil
 
-from diffusion_fast.measure import nvml_handle
+from diffusion_fast.measure import NVML_TROUBLE, nvml_handle
 
-# NVML's clock event reasons that mean the GPU would have run faster, had it been let.
-HELD_BACK = {
-    0x04: "power cap",
-    0x08: "hardware slowdown",
-    0x20: "thermal slowdown",
-    0x40: "hardware thermal slowdown",
-    0x80: "power brake",
-}
+# NVML's fields that count the nanoseconds in which the GPU would have run faster, had it been let.
+HELD_BACK = {74: "power cap", 269: "thermal slowdown", 270: "hardware thermal slowdown", 271: "power brake"}
+HELD_BACK_SHARE = 0.01  # of the time: less is no word's worth
 
 
 class Watch:
@@ -73,14 +69,23 @@ class Watch:
             "cuda_graphs": float(self.before["captures"]),
             "cuda_graph_captures": float(spent["captures"]),
         }
-        for name in ("sm_clock_mhz", "memory_clock_mhz", "temperature_c", "power_w", "gpu_processes"):
-            if name in self.before and name in self.after:
+        both = self.before.keys() & self.after.keys()
+        for name in ("sm_clock_mhz", "memory_clock_mhz", "temperature_c", "power_w"):
+            if name in both:
                 found |= {f"{name}_before": self.before[name], name: self.after[name]}
-        if "energy_j" in self.before and "energy_j" in self.after:
-            found["energy_per_image_j"] = (self.after["energy_j"] - self.before["energy_j"]) / images
-        reasons = int(self.before.get("reasons", 0)) | int(self.after.get("reasons", 0))
-        held = ", ".join(text for bit, text in HELD_BACK.items() if reasons & bit)
-        return found | ({"held_back": held} if held else {})
+        if "gpu_processes" in both:
+            found["gpu_processes"] = max(self.before["gpu_processes"], self.after["gpu_processes"])
+        if "energy_j" in both:
+            joules = self.after["energy_j"] - self.before["energy_j"]
+            found |= {"energy_per_image_j": joules / images, "mean_power_w": joules / spent["wall_s"]}
+        held = {
+            reason: (self.after[reason] - self.before[reason]) / 1e9 / spent["wall_s"]
+            for reason in HELD_BACK.values()
+            if reason in both
+        }
+        found |= {f"held_back_by_{reason.replace(' ', '_')}": share for reason, share in held.items() if share > 0}
+        named = ", ".join(reason for reason, share in held.items() if share > HELD_BACK_SHARE)
+        return found | ({"held_back": named} if named else {})
 
 
 def _dynamo(group: str, name: str = "") -> int:
@@ -98,7 +103,7 @@ def _gpu() -> dict[str, Any]:
 
     try:
         handle = nvml_handle()
-    except pynvml.NVMLError:
+    except NVML_TROUBLE:
         return {}
     questions: dict[str, Callable[[], float]] = {
         "sm_clock_mhz": lambda: float(pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)),
@@ -106,13 +111,16 @@ def _gpu() -> dict[str, Any]:
         "temperature_c": lambda: float(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)),
         "power_w": lambda: pynvml.nvmlDeviceGetPowerUsage(handle) / 1000,
         "energy_j": lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000,
-        "reasons": lambda: pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle),
         "gpu_processes": lambda: float(len(pynvml.nvmlDeviceGetComputeRunningProcesses(handle))),
     }
     found: dict[str, Any] = {}
     for name, ask in questions.items():
         try:
             found[name] = ask()
-        except pynvml.NVMLError:
+        except NVML_TROUBLE:
             continue
+    with suppress(*NVML_TROUBLE):
+        for field in pynvml.nvmlDeviceGetFieldValues(handle, list(HELD_BACK)):
+            if field.nvmlReturn == pynvml.NVML_SUCCESS:
+                found[HELD_BACK[field.fieldId]] = float(field.value.ullVal)
     return found

@@ -12,6 +12,7 @@ import functools
 import gc
 import importlib
 import io
+import json
 import os
 import signal
 import statistics
@@ -167,6 +168,8 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
         image_repeats=len({_bytes(batch) for batch in images}) == 1,
     )
 
+    _refuse_black(images)
+
     # The measurement is there. What follows may fail, or be killed, without taking it along.
     reference = folder.parents[1] / REFERENCE
     problems: list[str] = []
@@ -179,7 +182,9 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
         spool.write_json(folder / spool.RESULT, unfinished.to_dict())
         progress(stage)
         try:
-            result = replace(result, **find())
+            found = find()
+            json.dumps(found, allow_nan=False)  # what can't be written down isn't found
+            result = replace(result, **found)
         except BrokenImageError:
             (folder / spool.RESULT).unlink()
             raise
@@ -202,8 +207,11 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
     then("saving the image", describe)
     then("splitting into phases", split)
     then("comparing", lambda: _fidelity(decoded, spec.numbers, reference / spool.REFERENCE_IMAGE))
+    then("asking CLIP", lambda: _clip_score(decoded, spec.prompt))
     then("comparing single steps", lambda: _one_step(build, reference / spool.REFERENCE_STEPS))
     then("measuring what the device can do", lambda: _limits(build, reference / spool.REFERENCE_FLOPS, median))
+    if spec.profile:
+        then("profiling", lambda: _profile(build, folder, reference / spool.REFERENCE_FLOPS, result.limits))
     if spec.accuracy_prompts:
         then(f"painting {spec.accuracy_prompts} held-out prompts", lambda: _accuracy(build, folder))
     return replace(result, problem="; ".join(problems))
@@ -219,8 +227,14 @@ def _refuse_broken(decoded: Any) -> None:
 
     if not torch.isfinite(decoded).all():
         raise BrokenImageError("the image has values that are not finite: NaN or infinity")
-    if not decoded.flatten(1).any(dim=1).all():
+    if not (decoded.flatten(1) > 0.5 / 255).any(dim=1).all():
         raise BrokenImageError("the image is black all over")
+
+
+def _refuse_black(images: list[list[Any]]) -> None:
+    """Images of all calls. What isn't finite was made black."""
+    if any(image.convert("RGB").getbbox() is None for batch in images for image in batch):
+        raise BrokenImageError("an image is black all over")
 
 
 def _cache_state(spec: RunSpec) -> Literal["none", "cold", "warm", "shared"]:
@@ -300,6 +314,12 @@ def _fidelity(image: Any, numbers: str, reference_file: Path) -> dict[str, Any]:
     return facts
 
 
+def _clip_score(image: Any, prompt: str) -> dict[str, Any]:
+    from diffusion_fast.fidelity import clip_score
+
+    return {} if image is None else {"clip_score": clip_score(image, prompt)}
+
+
 def _one_step(build: Build, steps_file: Path) -> dict[str, Any]:
     if not steps_file.is_file():
         return {}
@@ -317,6 +337,13 @@ def _limits(build: Build, flops_file: Path, latency_s: float) -> dict[str, Any]:
     from diffusion_fast import roofline
 
     return {"limits": roofline.limits(build, spool.read_json(flops_file), latency_s)}
+
+
+def _profile(build: Build, folder: Path, flops_file: Path, limits: dict[str, float]) -> dict[str, Any]:
+    from diffusion_fast import profile
+
+    flops = spool.read_json(flops_file) if flops_file.is_file() else {}
+    return {"profile": profile.profile(build, folder, flops, limits)}
 
 
 def _accuracy(build: Build, folder: Path) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Does the harness time what a bare loop times?
 
-    python scripts/stopwatch.py                                        # the bundled model, calls of a second or so
-    python scripts/stopwatch.py --model sdxl --weights random --steps 30   # on a GPU
+    python scripts/stopwatch.py                                            # the bundled model, calls of a second or so
+    python scripts/stopwatch.py --model sdxl --weights random --steps 10   # on a GPU
 
-Both have the same pipeline and recipe (bf16, SDPA). One process is the harness's worker, the other a loop with nothing
-but a clock: on a GPU CUDA events around each call. They take turns, and the ratio of their medians is printed.
+One process has one pipeline (bf16, SDPA), which is called in turns by the harness, as a worker does, and by a loop with
+nothing but a clock: the wall clock on a CPU, CUDA events on a GPU, around each of ten calls. Between processes a
+pipeline's speed varies more than any stopwatch; so what is compared are the medians of neighbouring turns.
 """
 
 from __future__ import annotations
@@ -19,39 +20,58 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from diffusion_fast import launch, plan, spool, stats
-from diffusion_fast.spec import Recipe, Result, RunSpec
+from diffusion_fast import measure, plan, spool, stats
+from diffusion_fast.spec import Recipe, RunSpec
+from diffusion_fast.watch import Watch
 
-CALLS = 12
 
-
-def bare(spec_file: Path) -> None:
-    """Print the median seconds of a call."""
+def turns(spec_file: Path, count: int) -> None:
+    """Print seconds of a call by each, turn by turn: harness, bare, bare, harness, and so on."""
     import torch
 
-    from diffusion_fast.pipeline import build_pipeline
+    from diffusion_fast.pipeline import build_pipeline, call
 
     spec = RunSpec.from_dict(spool.read_json(spec_file))
     torch.set_grad_enabled(False)
-    pipe = build_pipeline(spec, lambda _: None)[0].pipe
-    arguments = {"num_inference_steps": spec.steps, "guidance_scale": spec.guidance_scale}
-    size = {"height": spec.height, "width": spec.width}
+    build = build_pipeline(spec, lambda _: None)[0]
+    watch = Watch(spec.device)
+    measure.warm_up(lambda: call(build), spec.device)
+    bare(spec, build.pipe)
+    found: dict[str, list[float]] = {"harness": [], "bare": []}
+    for number in range(count):
+        for who in ("harness", "bare") if number % 2 == 0 else ("bare", "harness"):
+            if who == "bare":
+                found[who].append(bare(spec, build.pipe))
+            else:
+                with watch:
+                    samples_s, _ = measure.samples(lambda: call(build), spec.device)
+                found[who].append(measure.quantiles(samples_s)[0])
+    print(json.dumps(found))
+
+
+def bare(spec: RunSpec, pipe: Any) -> float:
+    """Median seconds of ten calls."""
+    import torch
+
+    settings = {"num_inference_steps": spec.steps, "guidance_scale": spec.guidance_scale}
+    settings |= {"height": spec.height, "width": spec.width}
     seconds = []
-    for _ in range(CALLS + 3):
+    for _ in range(10):
         generator = torch.Generator("cpu").manual_seed(spec.seed)
         if spec.device == "cuda":
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             begin.record()
-            pipe(spec.prompt, generator=generator, **arguments, **size)
+            pipe(spec.prompt, generator=generator, **settings)
             end.record()
             end.synchronize()
             seconds.append(begin.elapsed_time(end) / 1000)
         else:
             start = time.perf_counter()
-            pipe(spec.prompt, generator=generator, **arguments, **size)
+            pipe(spec.prompt, generator=generator, **settings)
             seconds.append(time.perf_counter() - start)
-    print(json.dumps(statistics.median(seconds[3:])))
+    return statistics.median(seconds)
 
 
 def main() -> None:
@@ -59,35 +79,28 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--weights")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--bare", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--processes", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=6, help="Of each, in each process.")
+    parser.add_argument("--spec", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
-    if chosen.bare:
-        bare(chosen.bare)
+    if chosen.spec:
+        turns(chosen.spec, chosen.turns)
         return
     settings = plan.Settings(weights=chosen.weights, steps=chosen.steps, accuracy_prompts=0)
     recipe = Recipe("bf16-sdpa", ("bf16", "sdpa"))
     ladder = plan.plan_ladder("stopwatch", (recipe,), plan.find_model(chosen.model), plan.find_device(), settings)
-    ratios = {}
-    with tempfile.TemporaryDirectory() as root:
-        folder = spool.save_ladder(Path(root), ladder)
-        for number in range(1, chosen.rounds + 1):
-            spec = replace(ladder.rungs[0], round=number)
-            found: dict[str, float] = {}
-            for who in ("harness", "bare") if number % 2 else ("bare", "harness"):
-                if who == "harness":
-                    outcome = launch.launch(spec, folder, 600)
-                    assert isinstance(outcome, Result), outcome
-                    found[who] = outcome.latency_median_s
-                else:
-                    file = Path(root) / "spec.json"
-                    spool.write_json(file, spec.to_dict())
-                    command = (sys.executable, __file__, "--bare", str(file))
-                    found[who] = json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout)
-            ratios[number] = math.log(found["harness"] / found["bare"])
-            print(json.dumps({"round": number} | found), flush=True)
-    ratio = stats.mean_ratio(ratios, chosen.rounds)
-    interval = f"95% interval {ratio.low:.4f} to {ratio.high:.4f}, {ratio.rounds} rounds"
+    ratios: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "spec.json"
+        for number in range(1, chosen.processes + 1):
+            spool.write_json(file, replace(ladder.rungs[0], round=number).to_dict())
+            command = (sys.executable, __file__, "--spec", str(file), "--turns", str(chosen.turns))
+            said = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
+            found = json.loads(said.splitlines()[-1])
+            print(json.dumps({"process": number} | found), flush=True)
+            ratios += [math.log(one / other) for one, other in zip(found["harness"], found["bare"], strict=True)]
+    ratio = stats.mean_ratio(dict(enumerate(ratios, 1)), len(ratios))
+    interval = f"95% interval {ratio.low:.4f} to {ratio.high:.4f}, {ratio.rounds} pairs of turns"
     print(f"harness / bare loop: {ratio.ratio:.4f} ({interval})")
 
 

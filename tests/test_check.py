@@ -159,3 +159,27 @@ def test_the_command_asks_mlflow_and_says_it_by_its_exit_code(tmp_path: Path, mo
     code, said = run(recipe("sdpa"), "recipe is compile")
     assert (code, "is not an MLflow search string" in said) == (2, True)
     assert run(recipe("sdpa"), "params.model = 'tiny'")[0] == 2
+
+
+def test_of_a_baseline_that_grew_over_versions_those_of_the_candidate_count() -> None:
+    old = measured("base", [9.0, 9.0], "old", versions="torch 2.11.0")
+    base = [*old, *ladders("base", [1.0, 1.01, 0.99])]
+    verdict = check(base, ladders("new", [1.10, 1.11, 1.09]), [], 0.03)
+    assert (verdict.outcome, "3 and 3 ladders" in verdict.sentence) == ("slower", True)
+
+
+def test_of_several_ladders_each_is_one_ratio_whatever_its_rounds() -> None:
+    """Within a ladder rounds agree to 0.1%; between ladders the ratio differs by 10%."""
+    noise = [0.9995, 1.0, 1.0005, 1.0, 0.9998]
+    shifts = {"one": 0.97, "two": 1.07}
+    base = [row for name in shifts for row in measured("base", noise, name)]
+    new = [row for name, shift in shifts.items() for row in measured("new", [each * shift for each in noise], name)]
+    verdict = check(base, new, [], 0.03)
+    assert (verdict.outcome, "2 ladders that both are in" in verdict.sentence) == ("unknown", True)
+
+
+def test_runs_from_before_there_were_flags_are_like_those_without() -> None:
+    verdict = check(measured("base", [1.0, 1.0]), measured("new", [1.1, 1.1], flags=""), [], 0.03)
+    assert verdict.outcome == "slower"
+    with pytest.raises(ValueError, match="differ in flags"):
+        check(measured("base", [1.0, 1.0]), measured("new", [1.1, 1.1], flags="OMP_NUM_THREADS=1"), [], 0.03)

@@ -213,6 +213,28 @@ def test_until_adds_the_rounds_that_it_takes(
     assert len(list(spool.outcomes(folder))) == 2 * rounds
 
 
+def test_until_adds_nothing_for_what_has_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pretended: list[str]
+) -> None:
+    def launch(spec: RunSpec, folder: Path, timeout_s: float, shared_cache: Path | None) -> Outcome | None:
+        if spec.role == "reference":
+            return None
+        lost = (spec.recipe == "compile" and spec.round == 3) or (spec.recipe == dead and spec.round == 4)
+        off = spec.round * 0.3 if spec.recipe == "compile" else 0.0
+        outcome = failure(spec) if lost else result(spec, math.exp(off))
+        keep(folder, outcome)
+        return outcome
+
+    monkeypatch.setattr(climbing, "launch", launch)
+    dead = "nothing"
+    invoke("ladder", "--no-track", "--ladder", "cpu", "--until", "2%")
+    (folder,) = spool.find_ladders(tmp_path / "spool")
+    assert max(outcome.spec.round for _, outcome in spool.outcomes(folder)) == 5
+    dead = "sdpa"
+    done = invoke("ladder", "--no-track", "--ladder", "cpu", "--until", "2%", "--tag", "again")
+    assert "No rounds are added: 00-sdpa, which speed-ups are against, has failed" in done.output
+
+
 def test_a_rung_that_lost_more_than_rounding_is_kept_marked_and_exit_code_1(
     monkeypatch: pytest.MonkeyPatch, pretended: list[str], tmp_path: Path
 ) -> None:
@@ -220,7 +242,13 @@ def test_a_rung_that_lost_more_than_rounding_is_kept_marked_and_exit_code_1(
         if spec.role == "reference":
             return None
         wrong = spec.recipe == "compile"
-        one_step = {"steps": [0, 3], "error": [0.01, 0.09 if wrong else 0.01], "floor": [0.01, 0.01], "ok": not wrong}
+        one_step = {
+            "steps": [0, 3],
+            "error": [0.01, 0.09 if wrong else 0.01],
+            "floor": [0.01, 0.01],
+            "to_eager": [0.0, 0.0],
+        }
+        one_step |= {"ok": not wrong}
         outcome = result(spec, one_step=one_step)
         keep(folder, outcome)
         return outcome
@@ -233,6 +261,7 @@ def test_a_rung_that_lost_more_than_rounding_is_kept_marked_and_exit_code_1(
     frame = load_runs()
     assert frame["fidelity_ok"].tolist() == [True, False, True]
     assert frame["one_step_error_max"].tolist() == [0.01, 0.09, 0.01]
+    assert ["loses more than rounding" in text for text in frame["warnings"]] == [False, True, False]
     assert set(frame["status"]) == {"FINISHED"}
 
 
@@ -308,3 +337,42 @@ def test_sync_takes_folders_made_elsewhere(climbed: Callable[..., Path]) -> None
     done = invoke("sync", str(first.parent))
     assert first.name in done.output
     assert invoke("sync", str(second)).exit_code == 0
+
+
+def test_until_wants_the_first_rung_too(pretended: list[str], tmp_path: Path) -> None:
+    done = invoke("ladder", "--no-track", "--until", "2%", "--only", "sdpa")
+    assert (done.exit_code, "add baseline, the first rung, to --only" in done.output) == (2, True)
+    assert not (tmp_path / "spool").exists()
+
+
+def test_check_says_what_there_is_where_nothing_matches(pretended: list[str]) -> None:
+    invoke("ladder", "--ladder", "cpu")
+    done = invoke("check", "--baseline", "params.recipe = 'sdpa'", "--candidate", "params.recipe = 'compiled'")
+    assert done.exit_code == 2
+    assert "The candidate matches no finished measurement; finished ones are of the recipes: " in done.output
+    assert "compile, " in done.output
+
+
+def test_profile_measures_profiles_and_shows_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    step = {"ms": 2.0, "ranges": 3, "top": [], "classes": {"linear": {"ms": 1.5, "kernels": 4.0, "tflops": 3.0}}}
+
+    def launch(spec: RunSpec, folder: Path, timeout_s: float, shared_cache: Path | None) -> Outcome | None:
+        profiled.append((spec.role, spec.profile))
+        if spec.role == "reference":
+            return None
+        outcome = result(spec, profile={"denoising_step": step} if spec.profile else {})
+        spool.write_text(keep(folder, outcome) / spool.PROFILE, "## denoising_step: 2 ms\n")
+        return outcome
+
+    monkeypatch.setattr(climbing, "launch", launch)
+    profiled: list[tuple[str, bool]] = []
+    done = invoke("profile", "--recipe", "sdpa")
+    assert profiled == [("reference", False), ("rung", True)]
+    assert done.exit_code == 0
+    assert "denoising_step: 2 ms" in done.output
+    assert "00-sdpa/r1-a1/trace.json.gz" in done.output
+    (row,) = load_runs().to_dict("records")
+    assert row["profile/denoising_step/ms"] == 2.0
+    assert row["profile/denoising_step/linear_tflops"] == 3.0
+    again = invoke("run", "--recipe", "sdpa", "--resume", "--no-track")
+    assert "1 of 1 rungs to measure" in again.output  # what isn't profiled is another measurement

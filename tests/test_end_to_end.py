@@ -80,6 +80,15 @@ def test_the_phases_add_up_to_about_a_call(frame: pd.DataFrame) -> None:
     assert (parts.sum(axis=1) < 3 * frame["latency_median_s"]).all()
 
 
+def test_single_steps_are_judged_of_the_compiled_rung_too(frame: pd.DataFrame) -> None:
+    assert frame["problem"].tolist() == [""] * 3
+    assert frame["one_step_error_max"].between(0, 0.05).all()
+    assert frame["one_step_to_eager_max"].iloc[:2].tolist() == [0.0, 0.0]  # eager is eager
+    assert frame["fidelity_ok"].iloc[:2].tolist() == [True, True]
+    assert frame["psnr_eager_db"].notna().tolist() == [False, False, True]  # identical, identical, int8
+    assert frame["graph_breaks"].tolist() == [0, 0, 0]
+
+
 def test_fidelity_is_against_the_fp32_reference(frame: pd.DataFrame) -> None:
     baseline, bf16, int8 = frame.to_dict("records")
     assert baseline["identical_to_reference"]

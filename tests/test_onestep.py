@@ -120,3 +120,9 @@ def test_it_never_compiles_anew(recorded: list[onestep.Step]) -> None:
         with pytest.raises(RuntimeError, match="recompile"):
             onestep.replay(made, recorded)
     torch._dynamo.reset()
+
+
+def test_an_eager_format_that_overflows_judges_nobody() -> None:
+    steps = [{"index": 3, "output": torch.ones(4), "eager": {"bfloat16": torch.full((4,), float("nan"))}}]
+    with pytest.raises(ValueError, match="eager bfloat16 gave values that are not finite at step 3"):
+        onestep.compare(spec("bf16"), [torch.ones(4)], steps)

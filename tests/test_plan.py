@@ -1,6 +1,7 @@
 """A recipe is possible, or is refused in one sentence before anything loads."""
 
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
@@ -153,3 +154,22 @@ def test_only_what_can_be_judged_paints_prompts_for_the_judge() -> None:
     with pytest.raises(ValueError, match="128×128 alone"):
         planned(width=256, accuracy_prompts=8)
     assert {spec.accuracy_prompts for spec in planned(model="sdxl", weights="random").rungs} == {0}
+
+
+def test_exclusive_is_about_a_gpu_and_refuses_company(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pynvml
+
+    with pytest.raises(ValueError, match="runs on a CPU"):
+        plan.refuse_company(CPU)
+    there: list[SimpleNamespace] = []
+    for name in ("nvmlInit", "nvmlShutdown", "nvmlDeviceGetHandleByIndex"):
+        monkeypatch.setattr(pynvml, name, lambda *_: None)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda _: there)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    plan.refuse_company(H100)
+    there.append(SimpleNamespace(pid=4321))
+    with pytest.raises(ValueError, match="1 other processes are on NVIDIA H100"):
+        plan.refuse_company(H100)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with pytest.raises(ValueError, match="doesn't say which processes"):
+        plan.refuse_company(H100)

@@ -224,7 +224,10 @@ def test_the_noise_floor_is_that_of_the_newest_ladder_aa_like_this_one(tmp_path:
     aa_ladder(tmp_path, [(1.0, 1.0), (1.0, 2.0)], steps=7).rename(tmp_path / "20990101-000000")  # of other settings
     aa_ladder(tmp_path, [(1.0, 1.0)]).rename(tmp_path / "20990101-000001")  # one round: no interval
     said = report.noise_floor(frame, report.floors_in(tmp_path))
-    assert said == f"noise floor: the same recipe twice came to 1.000× (0.975–1.025) in 3 rounds of {newest.name}"
+    assert (
+        said
+        == f"noise floor: the same recipe (bf16,sdpa) twice came to 1.000× (0.975–1.025) in 3 rounds of {newest.name}"
+    )
     done = CliRunner().invoke(main, ["report", str(folder), "--output", str(tmp_path / "out")])
     assert f"Note: {said}" in done.output
     assert f"Note: {said}." in (tmp_path / "out" / "report.md").read_text()
@@ -253,6 +256,28 @@ def test_another_machine_or_version_makes_no_ratio_unless_asked_for(tmp_path: Pa
     assert (done.exit_code, f"{told}: --across" in done.output) == (2, True)
     done = CliRunner().invoke(main, ["report", str(folder), "--output", str(tmp_path / "out"), "--across"])
     assert done.exit_code == 0
+
+
+def test_other_flags_make_no_ratio_either(tmp_path: Path) -> None:
+    ladder = planned("cpu")
+    folder = spool.save_ladder(tmp_path, ladder)
+    facts = {"cpu": "a processor", "torch": "2.13.0", "threads": 2}
+    for spec, more in zip(ladder.rungs, ({}, {"flags": "OMP_WAIT_POLICY=active"}, {"threads": 1}), strict=True):
+        keep(folder, result(spec, environment=facts | more))
+    told = report.refused(report.from_spool(folder))
+    assert told[0] == "01-compile was measured with OMP_WAIT_POLICY=active and 00-sdpa with no flags"
+    assert "threads 1 and 00-sdpa with threads 2" in told[1]
+
+
+def test_costs_are_a_table_of_their_own(tmp_path: Path) -> None:
+    ladder = planned("cpu")
+    folder = spool.save_ladder(tmp_path, ladder)
+    one_step = {"steps": [0], "error": [0.02], "floor": [0.019], "to_eager": [0.01], "ok": True}
+    for spec in ladder.rungs:
+        keep(folder, result(spec, memory={"peak_rss_gib": 0.5, "weights_gib": 0.25}, one_step=one_step))
+    text = report.markdown(report.from_spool(folder))
+    assert "| rung | weights GiB | step error | eager's | to eager |" in text
+    assert "| 01-compile | 0.25 | 2.0e-02 | 1.9e-02 | 1.0e-02 |" in text
 
 
 def test_of_many_ladders_the_newest_is_taken_and_of_attempts_the_last_that_finished() -> None:

@@ -70,3 +70,8 @@ def test_rounds_that_agree_wholly_have_an_interval_of_no_width() -> None:
     found = stats.mean_ratio({1: 0.1, 2: 0.1, 3: 0.1}, 3)
     assert [found.low, found.high] == pytest.approx([found.ratio] * 2)
     assert stats.rounds_needed({1: 0.1, 2: 0.1}, 2, 0.02) == 2
+
+
+@pytest.mark.parametrize(("told", "planned"), [([5, 5, 5, 5, 5], 5), ([3, 3, 3, 10, 10], 3), ([1, 5, 5], 5), ([1], 1)])
+def test_rounds_were_planned_before_any_was_seen(told: list[int], planned: int) -> None:
+    assert stats.planned_rounds(told) == planned

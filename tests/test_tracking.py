@@ -69,7 +69,7 @@ def test_rounds_are_runs_of_their_own_and_the_parent_says_what_they_say_together
     assert list(frame["round"]) == [1, 2] * 3
     assert list(frame["speedup"]) == [1.0, 1.0, 1.5, 1.55, 3.0, 3.1]  # each within its round
     names = [client().get_run(run_id).info.run_name for run_id in frame["run_id"]]
-    assert names[2:4] == ["01-compile", "01-compile r2"]
+    assert names[2:4] == ["01-compile", "01-compile r02"]
     parent = client().get_run(recorded.parent_run_id).data
     assert parent.metrics["latency_median_s/00-sdpa"] == pytest.approx(3.05)
     assert parent.metrics["speedup/01-compile"] == pytest.approx((1.5 * 1.55) ** 0.5)

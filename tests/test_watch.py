@@ -1,5 +1,6 @@
 """What else went on: other processes, compilers, and a GPU that this machine need not have."""
 
+import os
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import psutil
 import pytest
 import torch
 
+from diffusion_fast import measure
 from diffusion_fast import watch as watching
 from diffusion_fast.watch import Watch
 
@@ -50,11 +52,15 @@ def test_a_recompilation_is_counted() -> None:
 
 
 def test_a_gpus_state_energy_and_captures(monkeypatch: pytest.MonkeyPatch) -> None:
-    states = iter([(1000.0, 0x01), (1600.0, 0x24)])
+    states = iter([(1000.0, 3.0, 5e9, 0), (1600.0, 1.0, 45e9, 1000)])
 
     def gpu() -> dict[str, Any]:
-        energy_j, reasons = next(states)
-        return {"sm_clock_mhz": 1980.0, "energy_j": energy_j, "reasons": reasons, "gpu_processes": 2.0}
+        energy_j, processes, capped_ns, hot_ns = next(states)
+        state = {"sm_clock_mhz": 1980.0, "energy_j": energy_j, "gpu_processes": processes}
+        return state | {"power cap": capped_ns, "thermal slowdown": hot_ns}
+
+    seconds = iter([0.0, 100.0])
+    monkeypatch.setattr(watching.time, "monotonic", lambda: next(seconds))
 
     class Graph:
         def capture_begin(self, pool: int) -> int:
@@ -70,8 +76,11 @@ def test_a_gpus_state_energy_and_captures(monkeypatch: pytest.MonkeyPatch) -> No
     found = watch.account(images=20)
     assert (found["cuda_graphs"], found["cuda_graph_captures"]) == (1, 2)
     assert found["energy_per_image_j"] == pytest.approx(30)
-    assert (found["sm_clock_mhz_before"], found["sm_clock_mhz"], found["gpu_processes"]) == (1980, 1980, 2)
-    assert found["held_back"] == "power cap, thermal slowdown"
+    assert (found["sm_clock_mhz_before"], found["sm_clock_mhz"], found["gpu_processes"]) == (1980, 1980, 3)
+    assert found["mean_power_w"] == pytest.approx(6)
+    assert found["held_back_by_power_cap"] == pytest.approx(0.4)
+    assert found["held_back_by_thermal_slowdown"] == pytest.approx(1e-8)
+    assert found["held_back"] == "power cap"  # a microsecond is nothing to speak of
 
 
 def test_what_nvml_does_not_say_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,3 +99,62 @@ def test_what_nvml_does_not_say_is_not_there(monkeypatch: pytest.MonkeyPatch) ->
         if name.startswith("nvmlDeviceGet") and name not in answers:
             monkeypatch.setattr(pynvml, name, silent)
     assert watching._gpu() == {"sm_clock_mhz": 1500.0, "memory_clock_mhz": 1500.0}
+
+
+def test_graph_breaks_are_counted() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+    def broken(x: torch.Tensor) -> torch.Tensor:
+        x = x + 1
+        torch._dynamo.graph_break()
+        return x * 2
+
+    torch.compile(broken, backend="eager")(torch.ones(2))
+    with Watch("cpu") as watch:
+        pass
+    assert watch.account(1)["graph_breaks"] == 1
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+@pytest.mark.parametrize(
+    ("held", "gib"),
+    [({1: 2, "own": 3}, 3.0), ({1: 2}, 2.0), ({1: 1}, None), ({1: 2, 4: 5}, None), ({1: None}, None), ({}, None)],
+)
+def test_what_the_process_holds_is_its_own_or_that_of_the_only_one(
+    monkeypatch: pytest.MonkeyPatch, held: dict[Any, int | None], gib: float | None
+) -> None:
+    import pynvml
+
+    found = [
+        SimpleNamespace(pid=os.getpid() if pid == "own" else -pid, usedGpuMemory=each and each * measure.GIB)
+        for pid, each in held.items()
+    ]
+    monkeypatch.setattr(measure, "nvml_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 2 * measure.GIB)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetComputeRunningProcesses", lambda _: found)
+    assert measure._process_on_gpu() == ({} if gib is None else {"process_gib": gib})
+
+
+def test_a_counter_of_nvml_that_answers_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    import pynvml
+
+    def fields(_: Any, wanted: list[int]) -> list[SimpleNamespace]:
+        values = [SimpleNamespace(ullVal=number) for number in wanted]
+        codes = [pynvml.NVML_SUCCESS, *[pynvml.NVML_ERROR_NOT_SUPPORTED] * (len(wanted) - 1)]
+        return [
+            SimpleNamespace(fieldId=number, nvmlReturn=code, value=value)
+            for number, code, value in zip(wanted, codes, values, strict=True)
+        ]
+
+    def silent(*_: Any) -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    monkeypatch.setattr(watching, "nvml_handle", lambda: None)
+    for name in dir(pynvml):
+        if name.startswith("nvmlDeviceGet"):
+            monkeypatch.setattr(pynvml, name, silent)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetFieldValues", fields)
+    assert watching._gpu() == {"power cap": 74.0}
+    assert pynvml.NVML_FI_DEV_CLOCKS_EVENT_REASON_SW_POWER_CAP == 74

@@ -87,6 +87,26 @@ def test_what_is_no_image_is_a_failure(
     assert said in outcome.message
 
 
+def test_a_call_that_painted_black_is_a_failure_though_all_after_it_is_killed(
+    prepared: tuple[RunSpec, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "call", lambda build: [Image.new("RGB", (64, 64))])
+    monkeypatch.setattr(worker, "_phases", killed)
+    with pytest.raises(worker.BrokenImageError, match="black all over"):
+        worker.measure_rung(*prepared, Silent())  # type: ignore[arg-type]
+
+
+def test_what_can_not_be_written_down_costs_itself_alone(
+    prepared: tuple[RunSpec, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "_fidelity", lambda *_: {"psnr_db": 30.0})
+    monkeypatch.setattr(worker, "_limits", lambda *_: {"limits": {"mfu": float("nan")}})
+    spec, folder = prepared
+    result = worker.measure_rung(spec, folder, Silent())  # type: ignore[arg-type]
+    assert (result.psnr_db, result.limits, result.accuracy["right"]) == (30.0, {}, 8)
+    assert result.problem.startswith("measuring what the device can do: ValueError: Out of range float values")
+
+
 def test_held_out_prompts_are_painted_and_judged(prepared: tuple[RunSpec, Path]) -> None:
     spec, folder = prepared
     result = worker.measure_rung(spec, folder, Silent())  # type: ignore[arg-type]

@@ -1,0 +1,125 @@
+"""Where a call's time goes: kernels by class and part, from traces as torch.profiler writes them."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from diffusion_fast import pipeline, profile, roofline, spool
+from tests.conftest import planned
+
+Event = dict[str, Any]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_bias_TNT", "linear"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_bf16_128x256_32x3_tn_align8>", "linear"),
+        ("triton_tem_fused_addmm_7", "linear"),
+        ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", "linear"),
+        ("sm90_xmma_gemm_i8i8_i8i32_f32_tn_n_tilesize128x128x128_warpgroupsize1x1x1", "linear"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize128x128x64", "convolution"),
+        (
+            "void cutlass__5x_cudnn::Kernel<cutlass_tensorop_bf16_s16816fprop_optimized_bf16_128x128_64x3>",
+            "convolution",
+        ),
+        ("triton_tem_fused_convolution_12", "convolution"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128x64", "attention"),
+        ("void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4>>", "attention"),
+        ("void (anonymous namespace)::softmax_warp_forward<float, float, float, 10, false, false>", "attention"),
+        ("void at::native::(anonymous namespace)::RowwiseMomentsCUDAKernel<c10::BFloat16>", "norm"),
+        ("triton_red_fused__to_copy_native_group_norm_silu_4", "norm"),
+        ("triton_per_fused_add_native_layer_norm_11", "norm"),
+        ("triton_poi_fused_gelu_mul_split_9", "pointwise"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "pointwise"),
+        ("void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda()>", "copies"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("nchwToNhwcKernel", "copies"),
+        ("aten::addmm", "linear"),
+        ("aten::bmm", "attention"),
+        ("aten::mkldnn_convolution", "convolution"),
+        ("aten::native_layer_norm", "norm"),
+        ("aten::transpose", "other"),
+        ("aten::mul", "pointwise"),
+        ("something_never_seen", "other"),
+    ],
+)
+def test_a_kernel_has_a_class_by_its_name(name: str, kind: str) -> None:
+    assert profile.classify(name) == kind
+
+
+def marked(part: str, start: float, end: float) -> Event:
+    return {"ph": "X", "cat": "user_annotation", "name": f"diffusion_fast:{part}", "ts": start, "dur": end - start}
+
+
+def launched(number: int, name: str, start: float, busy: float, operator: str, **args: Any) -> list[Event]:
+    """An operator on the CPU, long over when its kernel runs."""
+    cpu = {"ph": "X", "cat": "cpu_op", "name": operator, "ts": start - 50, "dur": 2, "tid": 1}
+    gpu = {"ph": "X", "cat": "kernel", "name": name, "ts": start, "dur": busy, "tid": 7}
+    return [cpu | {"args": {"External id": number, **args}}, gpu | {"args": {"External id": number, "stream": 7}}]
+
+
+def test_a_gpus_time_is_told_by_part_and_class() -> None:
+    """Two steps lie between three of the scheduler's: in each 300 µs of matmul, 100 of which another kernel shares."""
+    events = [marked("scheduler", end - 10, end) for end in (1000, 2000, 3000)] + [marked("vae_decode", 3100, 4100)]
+    moved = {"Input Dims": [[1000, 1000], [1000, 1000], []], "Input type": ["c10::BFloat16", "c10::BFloat16", "Scalar"]}
+    for step, start in enumerate((1000, 2000)):
+        events += launched(10 * step + 1, "nvjet_tst", start + 100, 300, "aten::addmm")
+        events += launched(10 * step + 2, "triton_poi_fused_mul_0", start + 300, 200, "triton_poi_fused_mul_0", **moved)
+        events += launched(10 * step + 3, "nvjet_tst", start + 600, 100, "aten::bmm")
+    events += launched(31, "sm80_xmma_fprop_implicit_gemm", 3200, 500, "aten::cudnn_convolution")
+    events += launched(41, "nvjet_tst", 500, 300, "aten::addmm")  # before the first step
+    events.append({"ph": "i", "name": "an instant"})
+    flops = {"denoising_step": {"linear": 6e9, "attention": 1e9}, "vae_decode": {"convolution": 5e9}}
+    found = profile.summarize({"traceEvents": events}, "cuda", flops)
+    step = found["denoising_step"]
+    assert (step["ms"], step["ranges"]) == (1.0, 2)
+    assert step["classes"]["linear"] == pytest.approx({"ms": 0.3, "kernels": 1, "tflops": 20})
+    assert step["classes"]["attention"] == pytest.approx({"ms": 0.1, "kernels": 1, "tflops": 10})
+    assert step["classes"]["pointwise"] == pytest.approx({"ms": 0.2, "kernels": 1, "gbs": 20})  # 4 MB in 200 µs
+    assert step["classes"]["idle"]["ms"] == pytest.approx(1 - 0.4 - 0.1)
+    assert step["top"][0] == {"name": "nvjet_tst", "class": "linear", "ms": pytest.approx(0.3), "times": 1}
+    assert found["vae_decode"]["classes"]["convolution"]["tflops"] == pytest.approx(10)
+    assert found["text_encoding"] == {"ms": 0, "ranges": 0, "classes": {"idle": {"ms": 0}}, "top": []}
+    text = profile.table(found, {"matmul_ceiling_tflops": 40.0, "copy_ceiling_gbs": 200.0})
+    assert "| linear | 0.3 | 30% | 1 | 20 (50%) |  |" in text
+    assert "| pointwise | 0.2 | 20% | 1 |  | 20 (10%) |" in text
+    assert "text_encoding" not in text
+
+
+def test_on_a_cpu_an_operator_has_its_own_time_without_what_it_calls() -> None:
+    def operator(name: str, start: float, busy: float, thread: int = 1) -> Event:
+        return {"ph": "X", "cat": "cpu_op", "name": name, "ts": start, "dur": busy, "tid": thread}
+
+    events = [marked("vae_decode", 0, 1000) | {"tid": 1}]
+    events += [operator("aten::linear", 100, 400), operator("aten::t", 110, 40), operator("aten::addmm", 150, 340)]
+    events += [operator("aten::mul", 600, 100), operator("aten::mul", 600, 100, thread=2)]
+    found = profile.summarize({"traceEvents": events}, "cpu", {})["vae_decode"]["classes"]
+    assert {kind: each["ms"] for kind, each in found.items()} == pytest.approx(
+        {"linear": 0.34, "other": 0.06, "pointwise": 0.1, "idle": 0.5}
+    )
+
+
+def test_a_real_call_is_profiled(tmp_path: Path) -> None:
+    with torch.no_grad():
+        build = pipeline.build_pipeline(planned().rungs[2], lambda _: None)[0]
+        flops = roofline.count_flops(build)
+        found = profile.profile(build, tmp_path, flops, {"matmul_ceiling_tflops": 1.0})
+    assert [(part, facts["ranges"]) for part, facts in found.items()] == [
+        ("denoising_step", profile.STEPS - 1),
+        ("vae_decode", 1),
+        ("text_encoding", 1),
+    ]
+    step = found["denoising_step"]
+    assert sum(each["ms"] for each in step["classes"].values()) == pytest.approx(step["ms"], rel=0.01)
+    assert {"attention", "convolution", "linear", "norm", "pointwise"} <= set(step["classes"])
+    assert step["classes"]["linear"]["tflops"] > 0
+    with gzip.open(tmp_path / spool.TRACE) as file:
+        assert json.load(file)["traceEvents"]
+    assert not (tmp_path / "trace.json").exists()
+    assert "## denoising_step" in (tmp_path / spool.PROFILE).read_text()
+    assert "step" not in vars(build.pipe.scheduler)
