@@ -39,7 +39,7 @@ OPTIONAL = ("prompt_accuracy", "first_call_warm_s", "rounds")  # shown where a r
 # The second table: what it took, how close that is to what the device can do, and what it cost in fidelity.
 COSTS = (
     ("rung", "rung", "{}"),
-    ("weights_gib", "weights GiB", "{:.2f}"),
+    ("weights_gib", "weights GiB", "{:.2g}"),
     ("peak_reserved_gib", "reserved GiB", "{:.2f}"),
     ("process_gib", "process GiB", "{:.2f}"),
     ("energy_per_image_j", "J an image", "{:.0f}"),

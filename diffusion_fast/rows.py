@@ -7,6 +7,7 @@ import hashlib
 import io
 from typing import Any
 
+from diffusion_fast.optimizations import compiles
 from diffusion_fast.spec import Failure, Ladder, Outcome, Result
 
 # MLflow keeps parameters and tags as strings: these are the columns that come back as numbers.
@@ -74,7 +75,7 @@ def parameters(outcome: Outcome) -> dict[str, Any]:
         "dtype": spec.dtype,
         "device": spec.device,
         "device_name": outcome.environment.get("gpu") or outcome.environment.get("cpu") or "",
-        "compile_mode": spec.compile_mode if "compile" in spec.optimizations else "",
+        "compile_mode": spec.compile_mode if compiles(spec.optimizations) else "",
         "steps": spec.steps,
         "batch_size": spec.batch_size,
         "height": spec.height,
@@ -247,7 +248,7 @@ def typed(texts: dict[str, Any]) -> dict[str, Any]:
 def seed_row(flat: dict[str, Any]) -> dict[str, Any]:
     """The columns of diffusion-fast's own CSV, by its names."""
     names = (flat.get("optimizations") or "").split(",")
-    compiled = "compile" in names
+    compiled = compiles(name for name in names if name)
     memory = flat.get("peak_memory_gib")
     return {
         "pipeline_cls": flat.get("pipeline_cls", ""),

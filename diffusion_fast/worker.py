@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from diffusion_fast import rows, spool
 from diffusion_fast.models import MODELS
-from diffusion_fast.optimizations import OPTIMIZATIONS, Build
+from diffusion_fast.optimizations import OPTIMIZATIONS, Build, compiles
 from diffusion_fast.spec import REFERENCE, Failure, Result, RunSpec
 
 JPEG_BYTES = 200_000
@@ -239,7 +239,7 @@ def _refuse_black(images: list[list[Any]]) -> None:
 
 def _cache_state(spec: RunSpec) -> Literal["none", "cold", "warm", "shared"]:
     """What the compile cache is before anything was compiled here."""
-    if "compile" not in spec.optimizations:
+    if not compiles(spec.optimizations):
         return "none"
     caches = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]), Path(os.environ["TRITON_CACHE_DIR"])
     if not any(cache.is_dir() and any(cache.iterdir()) for cache in caches):

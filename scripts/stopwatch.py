@@ -3,9 +3,9 @@
     python scripts/stopwatch.py                                            # the bundled model, calls of a second or so
     python scripts/stopwatch.py --model sdxl --weights random --steps 10   # on a GPU
 
-One process has one pipeline (bf16, SDPA), which is called in turns by the harness, as a worker does, and by a loop with
-nothing but a clock: the wall clock on a CPU, CUDA events on a GPU, around each of ten calls. Between processes a
-pipeline's speed varies more than any stopwatch; so what is compared are the medians of neighbouring turns.
+One process has one pipeline (bf16, SDPA), which is called in turns by the harness, as a worker does, and by a bare loop
+with nothing but a clock: the wall clock on a CPU, CUDA events on a GPU. A machine's speed varies more from minute to
+minute than any stopwatch; so what is compared are neighbouring calls.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,7 +27,7 @@ from diffusion_fast.watch import Watch
 
 
 def turns(spec_file: Path, count: int) -> None:
-    """Print seconds of a call by each, turn by turn: harness, bare, bare, harness, and so on."""
+    """Print seconds of calls by each, turn by turn: harness, bare, bare, harness, and so on."""
     import torch
 
     from diffusion_fast.pipeline import build_pipeline, call
@@ -40,38 +39,33 @@ def turns(spec_file: Path, count: int) -> None:
     measure.warm_up(lambda: call(build), spec.device)
     bare(spec, build.pipe)
     found: dict[str, list[float]] = {"harness": [], "bare": []}
-    for number in range(count):
-        for who in ("harness", "bare") if number % 2 == 0 else ("bare", "harness"):
-            if who == "bare":
-                found[who].append(bare(spec, build.pipe))
-            else:
-                with watch:
-                    samples_s, _ = measure.samples(lambda: call(build), spec.device)
-                found[who].append(measure.quantiles(samples_s)[0])
+    with watch:
+        for number in range(count):
+            for who in ("harness", "bare") if number % 2 == 0 else ("bare", "harness"):
+                timed = (
+                    measure.timed(lambda: call(build), spec.device)[0] if who == "harness" else bare(spec, build.pipe)
+                )
+                found[who].append(timed)
     print(json.dumps(found))
 
 
 def bare(spec: RunSpec, pipe: Any) -> float:
-    """Median seconds of ten calls."""
+    """Seconds of a call."""
     import torch
 
     settings = {"num_inference_steps": spec.steps, "guidance_scale": spec.guidance_scale}
     settings |= {"height": spec.height, "width": spec.width}
-    seconds = []
-    for _ in range(10):
-        generator = torch.Generator("cpu").manual_seed(spec.seed)
-        if spec.device == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            pipe(spec.prompt, generator=generator, **settings)
-            end.record()
-            end.synchronize()
-            seconds.append(begin.elapsed_time(end) / 1000)
-        else:
-            start = time.perf_counter()
-            pipe(spec.prompt, generator=generator, **settings)
-            seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    generator = torch.Generator("cpu").manual_seed(spec.seed)
+    if spec.device == "cpu":
+        start = time.perf_counter()
+        pipe(spec.prompt, generator=generator, **settings)
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    pipe(spec.prompt, generator=generator, **settings)
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1000
 
 
 def main() -> None:
@@ -80,7 +74,7 @@ def main() -> None:
     parser.add_argument("--weights")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--processes", type=int, default=3)
-    parser.add_argument("--turns", type=int, default=6, help="Of each, in each process.")
+    parser.add_argument("--turns", type=int, default=60, help="Calls by each, in each process.")
     parser.add_argument("--spec", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.spec:
@@ -97,10 +91,11 @@ def main() -> None:
             command = (sys.executable, __file__, "--spec", str(file), "--turns", str(chosen.turns))
             said = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
             found = json.loads(said.splitlines()[-1])
-            print(json.dumps({"process": number} | found), flush=True)
+            medians = {who: round(measure.quantiles(seconds)[0], 5) for who, seconds in found.items()}
+            print(json.dumps({"process": number, "median_s": medians}), flush=True)
             ratios += [math.log(one / other) for one, other in zip(found["harness"], found["bare"], strict=True)]
     ratio = stats.mean_ratio(dict(enumerate(ratios, 1)), len(ratios))
-    interval = f"95% interval {ratio.low:.4f} to {ratio.high:.4f}, {ratio.rounds} pairs of turns"
+    interval = f"95% interval {ratio.low:.4f} to {ratio.high:.4f}, {ratio.rounds} pairs of calls"
     print(f"harness / bare loop: {ratio.ratio:.4f} ({interval})")
 
 

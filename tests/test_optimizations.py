@@ -256,3 +256,37 @@ def test_the_byte_tokenizer_reads_any_text_and_ends_with_its_highest_id() -> Non
     assert ids[0] == 49406
     assert max(ids) == 49407
     assert 49407 not in ids[1:10]
+
+
+def test_blocks_of_one_shape_share_a_graph(monkeypatch: pytest.MonkeyPatch, plain_image: bytes) -> None:
+    compile_module = torch.nn.Module.compile
+
+    def by_eager(module: torch.nn.Module, **chosen: Any) -> None:
+        assert chosen.pop("options") == {}
+        compile_module(module, backend="eager", **chosen)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", by_eager)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch._dynamo.config.patch(recompile_limit=8):  # it is raised for the whole process, and put back here
+        made, applied = build("regional_compile")
+        assert torch._dynamo.config.recompile_limit == registry.MOST_SHAPES
+        assert call(made)[0].tobytes() == plain_image
+    regions = applied["regional_compile"]["regions"]
+    blocks = [module for module in made.pipe.unet.modules() if type(module).__name__ in regions]
+    assert regions == {"ResnetBlock2D": 11, "BasicTransformerBlock": 5}
+    assert sum(module._compiled_call_impl is not None for module in blocks) == sum(regions.values())
+    assert made.pipe.unet._compiled_call_impl is None
+    found = made.proofs["regional_compile"]()
+    assert 4 <= found["graphs"] < sum(regions.values())
+    assert found["graph_breaks"] == 0
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+def test_a_denoiser_without_known_blocks_is_refused() -> None:
+    made, _ = build()
+    made.pipe.unet = torch.nn.Sequential(torch.nn.Linear(2, 4))
+    made.pipe.unet._repeated_blocks = []  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="has none of the blocks"):
+        OPTIMIZATIONS["regional_compile"].apply(made)

@@ -20,9 +20,9 @@ V100 = plan.Device("cuda", "NVIDIA V100", (7, 0))
     ("names", "device", "says"),
     [
         (("int8_dynamic",), CPU, "int8_dynamic requires bf16 or fp16"),
-        (("bf16", "int8_dynamic"), CPU, "int8_dynamic requires compile: add compile"),
+        (("bf16", "int8_dynamic"), CPU, "int8_dynamic requires compile or regional_compile: add compile"),
         (("fused_qkv",), CPU, "fused_qkv requires sdpa"),
-        (("inductor_tuning",), CPU, "inductor_tuning requires compile"),
+        (("inductor_tuning",), CPU, "inductor_tuning requires compile or regional_compile"),
         (("bf16", "fp16"), H100, "exclude each other"),
         (("tf32",), CPU, "tf32 runs on cuda only, and this is a cpu"),
         (
