@@ -53,7 +53,7 @@ def test_list_names_everything() -> None:
     assert all(word in text for word in ("tiny", "sdxl", "int8_dynamic", "progressive", "+ bf16"))
     data = json.loads(invoke("list", "--json").output)
     assert data["models"]["sdxl"]["hub_id"] == "stabilityai/stable-diffusion-xl-base-1.0"
-    assert data["optimizations"]["int8_dynamic"]["requires"] == [["bf16", "fp16"], ["compile"]]
+    assert data["optimizations"]["int8_dynamic"]["requires"] == [["bf16", "fp16"], ["compile", "regional_compile"]]
 
 
 @pytest.mark.parametrize(
