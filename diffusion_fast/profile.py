@@ -6,6 +6,7 @@ to the part in which it ran. Shares are what it is good for; how long a call tak
 
 from __future__ import annotations
 
+import functools
 import gzip
 import itertools
 import json
@@ -98,6 +99,7 @@ def _marked(device: str, name: str, owner: Any, method: str) -> AbstractContextM
     import torch
 
     def mark(original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)  # pipelines look at what their scheduler's step takes
         def call(*args: Any, **kwargs: Any) -> Any:
             now(device)
             with torch.profiler.record_function(MARK + name):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -259,12 +258,6 @@ def test_the_byte_tokenizer_reads_any_text_and_ends_with_its_highest_id() -> Non
     assert 49407 not in ids[1:10]
 
 
-def forget_compiled() -> None:
-    gc.collect()  # else modules that die meanwhile change what dynamo's reset is going through
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-
-
 def test_blocks_of_one_shape_share_a_graph(monkeypatch: pytest.MonkeyPatch, plain_image: bytes) -> None:
     compile_module = torch.nn.Module.compile
 
@@ -273,7 +266,7 @@ def test_blocks_of_one_shape_share_a_graph(monkeypatch: pytest.MonkeyPatch, plai
         compile_module(module, backend="eager", **chosen)
 
     monkeypatch.setattr(torch.nn.Module, "compile", by_eager)
-    forget_compiled()
+    torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(recompile_limit=8):  # it is raised for the whole process, and put back here
         made, applied = build("regional_compile")
         assert torch._dynamo.config.recompile_limit == registry.MOST_SHAPES
@@ -286,7 +279,7 @@ def test_blocks_of_one_shape_share_a_graph(monkeypatch: pytest.MonkeyPatch, plai
     found = made.proofs["regional_compile"]()
     assert 4 <= found["graphs"] < sum(regions.values())
     assert found["graph_breaks"] == 0
-    forget_compiled()
+    torch._dynamo.utils.counters.clear()
 
 
 def test_a_denoiser_without_known_blocks_is_refused() -> None:
