@@ -247,13 +247,19 @@ def cells(row: dict[str, Any], columns: Columns) -> list[str]:
         value = row.get(column)
         if value is None:
             texts.append("∞" if column == "psnr_db" and row.get("identical_to_reference") is True else "")
-        elif column == "speedup" and "speedup_low" in row and row["rung"] != row["speedup_base"]:
-            interval = f"{row['speedup_low']:.2f}–{row['speedup_high']:.2f}"
-            seen = f", {NO_DIFFERENCE}" if row["speedup_low"] <= 1 <= row["speedup_high"] else ""
-            texts.append(f"{form.format(value)} ({interval}){seen}")
+        elif column == "speedup":
+            texts.append(form.format(value) + _interval(row, ", "))
         else:
             texts.append(form.format(value * 1000 if column in MILLISECONDS else value))
     return texts
+
+
+def _interval(row: dict[str, Any], separator: str) -> str:
+    """What follows a speed-up: its interval, and whether that holds 1. Nothing for the first rung or a single round."""
+    if "speedup_low" not in row or row["rung"] == row["speedup_base"]:
+        return ""
+    low, high = row["speedup_low"], row["speedup_high"]
+    return f" ({low:.2f}–{high:.2f})" + (f"{separator}{NO_DIFFERENCE}" if low <= 1 <= high else "")
 
 
 def table(frame: pd.DataFrame, columns: Columns, caption: str = "") -> Table:
@@ -350,10 +356,7 @@ def plot(frame: pd.DataFrame, path: Path) -> None:
 
 def _speedup_label(row: dict[str, Any]) -> str:
     label = f"\n{row['speedup']:.2f}×" if row.get("speedup", 0) > 0 else ""
-    if "speedup_low" in row and row["rung"] != row["speedup_base"]:
-        label += f" ({row['speedup_low']:.2f}–{row['speedup_high']:.2f})"
-        label += f"\n{NO_DIFFERENCE}" if row["speedup_low"] <= 1 <= row["speedup_high"] else ""
-    return label + ("\nloses more than rounding" if row.get("fidelity_ok") is False else "")
+    return label + _interval(row, "\n") + ("\nloses more than rounding" if row.get("fidelity_ok") is False else "")
 
 
 def write(frame: pd.DataFrame, folder: Path, notes: Iterable[str] = ()) -> list[Path]:
