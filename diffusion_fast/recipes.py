@@ -1,4 +1,4 @@
-"""Recipes and ladders: names only. What a name does is in optimizations.py."""
+"""Recipes and ladders: names only. What a name does is in optimizations/."""
 
 from __future__ import annotations
 

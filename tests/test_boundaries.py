@@ -53,30 +53,46 @@ def test_a_worker_lives_without_mlflow(tmp_path: Path) -> None:
     assert list((tmp_path / "spool").glob("*/00-baseline/r1-a1/result.json"))
 
 
+def imports_in(path: Path) -> list[str]:
+    """Modules that a file imports, by their whole names."""
+    found: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [name if name in MODULES else node.module or "" for name in whole]
+    return found
+
+
+def named(path: Path) -> str:
+    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {named(path): path for path in PACKAGE.rglob("*.py")}
+
+
 def test_only_tracking_imports_mlflow() -> None:
     importers = {
-        path.name
-        for path in PACKAGE.glob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if (isinstance(node, ast.Import) and any(name.name.startswith("mlflow") for name in node.names))
-        or (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlflow"))
+        name for name, path in MODULES.items() if any(each.partition(".")[0] == "mlflow" for each in imports_in(path))
     }
-    assert importers == {"tracking.py"}
+    assert importers == {"diffusion_fast.tracking"}
 
 
 def test_imports_go_one_way() -> None:
     """Each module imports only modules that stand before it."""
-    order = (
-        "spec world models recipes inductor optimizations plan spool rows fidelity measure watch environment draw "
-        "judge accuracy pipeline onestep roofline profile worker launch ladder stats check report view tracking "
-        "console cli __main__"
-    ).split()
-    for path in PACKAGE.glob("*.py"):
-        if path.stem == "__init__":
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("diffusion_fast"):
-                parts = (node.module or "").split(".")
-                names = parts[1:2] or [alias.name for alias in node.names]
-                for name in names:
-                    assert order.index(name) < order.index(path.stem), f"{path.name} imports {name}"
+    order = [
+        f"diffusion_fast.{name}"
+        for name in (
+            "spec world models recipes inductor optimizations.registry optimizations.numbers optimizations.layers "
+            "optimizations.quantization optimizations.compilation optimizations plan spool rows fidelity measure "
+            "watch environment draw judge accuracy pipeline onestep roofline profile worker launch ladder stats check "
+            "report view tracking console cli __main__"
+        ).split()
+    ]
+    assert {*order, "diffusion_fast"} == set(MODULES)
+    for importer in order:
+        for imported in imports_in(MODULES[importer]):
+            if imported in order:
+                assert order.index(imported) < order.index(importer), f"{importer} imports {imported}"

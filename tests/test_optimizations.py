@@ -10,9 +10,8 @@ import pytest
 import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0
 
-from diffusion_fast import optimizations as registry
 from diffusion_fast.models import MODELS
-from diffusion_fast.optimizations import OPTIMIZATIONS, Build
+from diffusion_fast.optimizations import OPTIMIZATIONS, Build, compilation, layers, numbers, quantization
 from diffusion_fast.pipeline import _from_configs, build_pipeline, byte_tokenizer, call
 from diffusion_fast.plan import plan_recipe
 from diffusion_fast.spec import Recipe
@@ -96,9 +95,9 @@ def test_sdpa_reaches_unet_vae_and_text_encoders() -> None:
     made, applied = build("sdpa")
     assert processors(made.pipe.unet) == processors(made.pipe.vae) == {AttnProcessor2_0}
     assert made.pipe.text_encoder_2.config._attn_implementation == "sdpa"
-    layers = sum(isinstance(m, Attention) for part in (made.pipe.unet, made.pipe.vae) for m in part.modules())
+    attending = sum(isinstance(m, Attention) for part in (made.pipe.unet, made.pipe.vae) for m in part.modules())
     text = sum(encoder.config.num_hidden_layers for encoder in (made.pipe.text_encoder, made.pipe.text_encoder_2))
-    assert applied["sdpa"] == {"attention_layers": layers + text}
+    assert applied["sdpa"] == {"attention_layers": attending + text}
 
 
 def test_channels_last_changes_every_convolution_and_not_the_image(plain_image: bytes) -> None:
@@ -137,7 +136,7 @@ def test_conv_as_linear_swaps_what_has_128_channels() -> None:
     image = torch.rand(1, 128, 4, 4)
     made.pipe.vae.extra = torch.nn.Sequential(torch.nn.Conv2d(128, 32, 1), torch.nn.Conv2d(32, 64, 1))
     before = made.pipe.vae.extra(image)
-    assert registry.conv_as_linear(made) == {"convolutions": 1}
+    assert layers.conv_as_linear(made) == {"convolutions": 1}
     assert isinstance(made.pipe.vae.extra[1], torch.nn.Conv2d)
     assert not isinstance(made.pipe.vae.extra[0], torch.nn.Conv2d)
     torch.testing.assert_close(made.pipe.vae.extra(image), before)
@@ -145,7 +144,7 @@ def test_conv_as_linear_swaps_what_has_128_channels() -> None:
 
 def test_int8_takes_the_linears_that_have_the_rows_and_the_features() -> None:
     made, _ = build("bf16", "sdpa")
-    account = registry.int8_dynamic(made)
+    account = quantization.int8_dynamic(made)
     unet = made.pipe.unet
     plain = {name for name, m in unet.named_modules() if isinstance(m, torch.nn.Linear) and _is_plain(m)}
     assert all("time" in name or "add_embedding" in name for name in plain), plain
@@ -155,10 +154,10 @@ def test_int8_takes_the_linears_that_have_the_rows_and_the_features() -> None:
 
 def test_int8_leaves_the_shapes_alone_that_a_model_lists() -> None:
     made, _ = build("bf16", "sdpa")
-    everything = registry.int8_dynamic(made)["quantized_linears"]
+    everything = quantization.int8_dynamic(made)["quantized_linears"]
     other, _ = build("bf16", "sdpa")
     other.model = replace(other.model, int8_excluded_shapes=((128, 128),))
-    assert registry.int8_dynamic(other)["quantized_linears"] < everything
+    assert quantization.int8_dynamic(other)["quantized_linears"] < everything
     assert _is_plain(other.pipe.unet.mid_block.attentions[0].proj_in)
 
 
@@ -170,7 +169,7 @@ def test_int8_sets_no_global_inductor_flag() -> None:
     from torch._inductor import config
 
     before = config.get_config_copy()
-    registry.int8_dynamic(build("bf16")[0])
+    quantization.int8_dynamic(build("bf16")[0])
     assert config.get_config_copy() == before
 
 
@@ -208,18 +207,18 @@ def test_the_account_of_compiling_ahead_is_recorded_where_the_gpu_is_tuned(monke
 
     from diffusion_fast.inductor import Prefetch
 
-    monkeypatch.setattr(registry, "parallel_coordinate_descent", lambda: Prefetch(kernels=3))
+    monkeypatch.setattr(compilation, "parallel_coordinate_descent", lambda: Prefetch(kernels=3))
     monkeypatch.setitem(counters["stats"], "unique_graphs", 2)
     made, _ = build("compile", "inductor_tuning")
     assert "compiled_ahead" not in made.proofs["compile"]()  # a CPU has no descent
     made.spec = replace(made.spec, device="cuda")
-    registry.OPTIMIZATIONS["compile"].apply(made)
+    OPTIMIZATIONS["compile"].apply(made)
     assert made.proofs["compile"]()["compiled_ahead"]["kernels"] == 3
 
 
 def test_the_fp16_fix_proves_that_the_vae_was_replaced() -> None:
     made, _ = build()
-    assert registry.vae_fp16_fix(made) == {}
+    assert numbers.vae_fp16_fix(made) == {}
     made.proofs["vae_fp16_fix"]()
     made.pipe.vae.register_to_config(force_upcast=True)
     with pytest.raises(RuntimeError, match="still asks to be upcast"):
@@ -269,7 +268,7 @@ def test_blocks_of_one_shape_share_a_graph(monkeypatch: pytest.MonkeyPatch, plai
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(recompile_limit=8):  # it is raised for the whole process, and put back here
         made, applied = build("regional_compile")
-        assert torch._dynamo.config.recompile_limit == registry.MOST_SHAPES
+        assert torch._dynamo.config.recompile_limit == compilation.MOST_SHAPES
         assert call(made)[0].tobytes() == plain_image
     regions = applied["regional_compile"]["regions"]
     blocks = [module for module in made.pipe.unet.modules() if type(module).__name__ in regions]

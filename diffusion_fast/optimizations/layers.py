@@ -1,0 +1,107 @@
+"""Stages attention, layout, fuse and swap: the same computation by other layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusion_fast.optimizations.registry import Build, optimization
+
+
+@optimization(stage="attention")
+def sdpa(build: Build) -> dict[str, Any]:
+    """Compute attention by scaled_dot_product_attention: fused kernels that never write the score matrix out.
+
+    https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
+    """
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    changed = 0
+    for name, network in build.networks():
+        if hasattr(network, "set_attn_processor"):
+            network.set_attn_processor(AttnProcessor2_0())
+            kinds = {type(processor) for processor in network.attn_processors.values()}
+            if kinds != {AttnProcessor2_0}:
+                raise RuntimeError(f"sdpa: {name} still attends by {sorted(kind.__name__ for kind in kinds)}")
+            changed += len(network.attn_processors)
+        elif hasattr(network, "set_attn_implementation"):
+            network.set_attn_implementation("sdpa")
+            if network.config._attn_implementation != "sdpa":
+                raise RuntimeError(f"sdpa: {name} still attends by {network.config._attn_implementation}")
+            changed += network.config.num_hidden_layers
+    return {"attention_layers": changed}
+
+
+@optimization(stage="layout")
+def channels_last(build: Build) -> dict[str, Any]:
+    """Store images channel by channel at each pixel (NHWC), the layout that cuDNN's tensor-core convolutions read.
+
+    https://docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html
+    """
+    import torch
+
+    changed = already = 0
+    for network in (build.denoiser, build.pipe.vae):
+        before = {p.data_ptr() for p in network.parameters() if p.ndim == 4 and _is_channels_last(p)}
+        network.to(memory_format=torch.channels_last)
+        for parameter in network.parameters():
+            if parameter.ndim == 4:
+                if not _is_channels_last(parameter):
+                    raise RuntimeError(f"channels_last: a {tuple(parameter.shape)} weight kept its layout")
+                already += parameter.data_ptr() in before
+                changed += parameter.data_ptr() not in before
+    return {"convolutions_changed": changed, "already": already}
+
+
+def _is_channels_last(tensor: Any) -> bool:
+    import torch
+
+    return bool(tensor.is_contiguous(memory_format=torch.channels_last))
+
+
+@optimization(stage="fuse", requires=("sdpa",))
+def fused_qkv(build: Build) -> dict[str, Any]:
+    """Compute query, key and value by one matmul (key and value in cross-attention); the separate weights are freed.
+
+    https://huggingface.co/docs/diffusers/tutorials/fast_diffusion#combining-the-attention-blocks-projection-matrices
+    """
+    from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
+
+    build.pipe.fuse_qkv_projections()
+    fused = freed = 0
+    for network in (build.denoiser, build.pipe.vae):
+        for module in network.modules():
+            if not isinstance(module, Attention):
+                continue
+            if not (module.fused_projections and isinstance(module.processor, FusedAttnProcessor2_0)):
+                raise RuntimeError("fused_qkv: an attention layer was left unfused")
+            # diffusers keeps the separate layers beside the fused one, and quantizing would then quantize both.
+            for name in ("to_k", "to_v") if module.is_cross_attention else ("to_q", "to_k", "to_v"):
+                freed += sum(parameter.numel() for parameter in getattr(module, name).parameters())
+                delattr(module, name)
+            fused += 1
+    return {"attention_layers": fused, "freed_parameters": freed}
+
+
+@optimization(stage="swap", imports=("torchao.quantization",))
+def conv_as_linear(build: Build) -> dict[str, Any]:
+    """Turn 1x1 convolutions with 128 input or output channels into linear layers, as diffusion-fast does.
+
+    In SDXL that is no convolution of the UNet and two of the VAE.
+    """
+    import torch
+    from torchao.quantization.quant_api import swap_conv2d_1x1_to_linear
+
+    def small_1x1(module: torch.nn.Module, *_: Any) -> bool:
+        return (
+            isinstance(module, torch.nn.Conv2d)
+            and module.kernel_size == (1, 1)
+            and 128 in (module.in_channels, module.out_channels)
+        )
+
+    swapped = 0
+    for network in (build.denoiser, build.pipe.vae):
+        swapped += sum(map(small_1x1, network.modules()))
+        swap_conv2d_1x1_to_linear(network, small_1x1)
+        if any(map(small_1x1, network.modules())):
+            raise RuntimeError("conv_as_linear: a 1x1 convolution was left")
+    return {"convolutions": swapped}

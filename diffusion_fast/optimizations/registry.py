@@ -1,0 +1,89 @@
+"""What an optimization is: a decorated function, with what it requires, excludes and needs declared beside it.
+
+A function changes the pipeline in the making (`Build`) and returns an account of the state that it left, which it has
+checked itself: it raises where the effect isn't there. The stage, not the order of typing, decides what comes first.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from diffusion_fast.spec import Model, RunSpec
+
+STAGES = ("load", "attention", "layout", "fuse", "swap", "quantize", "inductor", "compile")
+
+
+@dataclass
+class Build:
+    """A pipeline in the making. Up to the stage `load` there is no `pipe`; from then on there is."""
+
+    model: Model
+    spec: RunSpec
+    dtype: str = "float32"
+    fp16_vae: bool = False
+    compile_options: dict[str, Any] = field(default_factory=dict)
+    pipe: Any = None
+    proofs: dict[str, Callable[[], dict[str, Any]]] = field(default_factory=dict)  # called after the warm-up
+
+    @property
+    def denoiser(self) -> Any:
+        return getattr(self.pipe, self.model.denoiser)
+
+    def networks(self) -> Iterator[tuple[str, Any]]:
+        """The pipeline's neural networks by their names in it."""
+        import torch
+
+        for name, component in self.pipe.components.items():
+            if isinstance(component, torch.nn.Module):
+                yield name, component
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """A registered optimization. `requires` holds groups of alternatives: one of each group must be in the recipe."""
+
+    name: str
+    apply: Callable[[Build], dict[str, Any]]
+    stage: str
+    requires: tuple[tuple[str, ...], ...] = ()
+    excludes: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ("cuda", "cpu")
+    min_capability: tuple[int, int] = (0, 0)
+    model_needs: str = ""  # a field of Model that must not be empty
+    requires_where: tuple[str, str] = (
+        "",
+        "",
+    )  # a field of Model and a name: where the one is set, the other is required
+    imports: tuple[str, ...] = ()  # slow modules it needs, imported (and timed) before the pipeline loads
+    lossless: bool = True  # False: changes the image by more than rounding
+
+    @property
+    def summary(self) -> str:
+        return (inspect.getdoc(self.apply) or "").partition("\n")[0]
+
+
+OPTIMIZATIONS: dict[str, Optimization] = {}
+
+
+def optimization(
+    *, stage: str, requires: tuple[str | tuple[str, ...], ...] = (), **declared: Any
+) -> Callable[[Callable[[Build], dict[str, Any]]], Callable[[Build], dict[str, Any]]]:
+    """Register a function under its own name. `requires` takes names, and tuples of names that will do as well."""
+    groups = tuple((item,) if isinstance(item, str) else item for item in requires)
+
+    def register(function: Callable[[Build], dict[str, Any]]) -> Callable[[Build], dict[str, Any]]:
+        if stage not in STAGES:
+            raise ValueError(f"there is no stage {stage!r}")
+        name = function.__name__
+        OPTIMIZATIONS[name] = Optimization(name, function, stage, groups, **declared)
+        return function
+
+    return register
+
+
+def compiles(names: Iterable[str]) -> bool:
+    """Whether a recipe of these names compiles anything."""
+    return any(OPTIMIZATIONS[name].stage == "compile" for name in names)
