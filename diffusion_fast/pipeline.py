@@ -74,6 +74,7 @@ def _paint(build: Build, prompts: str | list[str], images_per_prompt: int, gener
         num_images_per_prompt=images_per_prompt,
         generator=generator,
         latents=noise.to(build.pipe.device, build.denoiser.dtype),
+        **build.call_arguments,
     ).images
     return images
 

@@ -8,13 +8,13 @@ import math
 import os
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 from diffusion_fast import world
 from diffusion_fast.models import MODELS
-from diffusion_fast.optimizations import OPTIMIZATIONS, STAGES
+from diffusion_fast.optimizations import OPTIMIZATIONS, STAGES, compiles
 from diffusion_fast.recipes import LADDERS
 from diffusion_fast.spec import REFERENCE, Ladder, Model, Recipe, RunSpec
 
@@ -139,8 +139,8 @@ def plan_ladder(
     notes: tuple[str, ...] = (),
 ) -> Ladder:
     """Specs for every rung and for the reference that their images are compared with. Raises ValueError."""
-    mode = settings.compile_mode or ("max-autotune" if device.kind == "cuda" else "default")
-    lookup("compile mode", mode, dict.fromkeys(COMPILE_MODES))
+    if settings.compile_mode is not None:
+        lookup("compile mode", settings.compile_mode, dict.fromkeys(COMPILE_MODES))
     for what in ("steps", "batch_size", "height", "width"):
         value = getattr(settings, what)
         if value is not None and value < 1:
@@ -167,9 +167,9 @@ def plan_ladder(
             recipe=recipe.name,
             optimizations=plan_recipe(model, recipe, device),
             device=device.kind,  # type: ignore[arg-type]
-            compile_mode=recipe.compile_mode or mode,
+            compile_mode=_compile_mode(recipe, settings, device),
             prompt=prompt,
-            steps=settings.steps or model.steps,
+            steps=max(1, round(recipe.steps_share * (settings.steps or model.steps))),
             batch_size=settings.batch_size,
             height=settings.height or model.height,
             width=settings.width or model.width,
@@ -190,6 +190,19 @@ def plan_ladder(
         notes=notes,
         machine={"device": device.name} | {name: importlib.metadata.version(name) for name in ("torch", "diffusers")},
     )
+
+
+def _compile_mode(recipe: Recipe, settings: Settings, device: Device) -> str:
+    """The recipe's own, or else the person's, or else the device's unless the recipe can't do with that."""
+    usual = "max-autotune" if device.kind == "cuda" else "default"
+    known = [OPTIMIZATIONS[name] for name in recipe.optimizations]
+    choosy = next((each for each in known if each.modes), None) if compiles(recipe.optimizations) else None
+    if choosy is None:
+        return recipe.compile_mode or settings.compile_mode or usual
+    mode = recipe.compile_mode or settings.compile_mode or choosy.modes[0]
+    if mode not in choosy.modes:
+        raise ValueError(f"{choosy.name} excludes compile mode {mode}: take {' or '.join(choosy.modes)}.")
+    return mode
 
 
 def _accuracy_prompts(model: Model, settings: Settings) -> int:
@@ -228,7 +241,7 @@ def find_ladder(name: str, device: Device) -> tuple[tuple[Recipe, ...], tuple[st
     recipes = lookup("ladder", name, LADDERS)
     absent = [each for each in recipes[0].optimizations if device.kind not in OPTIMIZATIONS[each].devices]
     fitted = tuple(
-        Recipe(recipe.name, tuple(each for each in recipe.optimizations if each not in absent), recipe.compile_mode)
+        replace(recipe, optimizations=tuple(each for each in recipe.optimizations if each not in absent))
         for recipe in recipes
     )
     return fitted, tuple(f"{each} is left out: it runs on another device than this {device.kind}" for each in absent)

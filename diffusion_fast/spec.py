@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
 REFERENCE = "reference"  # the role, and the folder, of the run that a ladder's images are compared with
@@ -71,10 +71,16 @@ class Recipe(_Json):
     name: str
     optimizations: tuple[str, ...] = ()
     compile_mode: str = ""  # only where a recipe is about a mode; else the run decides
+    steps_share: float = 1.0  # of the run's steps: with fewer a recipe is the control of those that save work otherwise
 
     def plus(self, name: str, *more: str, compile_mode: str = "") -> Recipe:
         """This recipe and some more optimizations, under a new name."""
-        return Recipe(name, (*self.optimizations, *more), compile_mode or self.compile_mode)
+        return replace(
+            self,
+            name=name,
+            optimizations=(*self.optimizations, *more),
+            compile_mode=compile_mode or self.compile_mode,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
+from diffusion_fast.graphs import Graphed
 from diffusion_fast.inductor import parallel_coordinate_descent
 from diffusion_fast.optimizations.registry import Build, optimization
 
@@ -47,8 +49,9 @@ def compile(build: Build) -> dict[str, Any]:  # noqa: A001 - it is called what t
 def regional_compile(build: Build) -> dict[str, Any]:
     """Compile the denoiser's repeated blocks, each shape of them once, and the VAE's decoder as one graph.
 
-    Tens of blocks share a few graphs, so that there is far less to compile than in the whole denoiser. What lies
-    between them stays eager. https://docs.pytorch.org/tutorials/recipes/regional_compilation.html
+    Tens of blocks share a few graphs, so that there is far less to compile than in the whole denoiser. Covered are the
+    transformer and residual blocks, the sampling convolutions and the norms between them. What else lies there, linears
+    and sums, stays eager. https://docs.pytorch.org/tutorials/recipes/regional_compilation.html
     """
     import torch
 
@@ -56,29 +59,55 @@ def regional_compile(build: Build) -> dict[str, Any]:
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
     regions = _regions(build.denoiser)
     counts = Counter(type(region).__name__ for region in regions)
-    modules = [*regions, build.pipe.vae.decoder]
+    norms = _norms_outside(build.denoiser, regions)
     # A second shape is compiled for itself, not for all shapes: that would be slower ever after.
-    return _compile(build, "regional_compile", modules, least=len(counts) + 1, dynamic=False) | {
-        "regions": dict(counts)
-    }
+    account = _compile(
+        build,
+        "regional_compile",
+        [*regions, build.pipe.vae.decoder],
+        functions=[(norm, "forward", functools.partial(_norm, norm)) for norm in norms],
+        least=len(counts) + 1 + bool(norms),
+        dynamic=False,
+    )
+    return account | {"regions": dict(counts) | ({"GroupNorm": len(norms)} if norms else {})}
 
 
 MOST_SHAPES = 64
 
 
 def _regions(denoiser: Any) -> list[Any]:
-    """The blocks that a denoiser repeats, by diffusers' own account, and its residual blocks."""
-    blocks = {*(denoiser._repeated_blocks or ()), "ResnetBlock2D"}
+    """The blocks that a denoiser repeats, by diffusers' own account, its residual blocks and sampling layers."""
+    blocks = {*(denoiser._repeated_blocks or ()), "ResnetBlock2D", "Downsample2D", "Upsample2D"}
     found = [module for module in denoiser.modules() if type(module).__name__ in blocks]
     if not found:
         raise RuntimeError(f"regional_compile: {type(denoiser).__name__} has none of the blocks {sorted(blocks)}")
     return found
 
 
+def _norms_outside(denoiser: Any, regions: list[Any]) -> list[Any]:
+    import torch
+
+    inside = {norm for region in regions for norm in region.modules()}
+    return [norm for norm in denoiser.modules() if isinstance(norm, torch.nn.GroupNorm) and norm not in inside]
+
+
+def _norm(norm: Any, image: Any) -> Any:
+    """A module of torch's own can't be compiled by itself: dynamo skips the frames of torch's files."""
+    return type(norm).forward(norm, image)
+
+
 def _compile(
-    build: Build, name: str, modules: Iterable[Any], least: int, dynamic: bool | None = None
+    build: Build,
+    name: str,
+    modules: Iterable[Any],
+    least: int,
+    functions: Iterable[tuple[Any, str, Callable[..., Any]]] = (),
+    dynamic: bool | None = None,
 ) -> dict[str, Any]:
-    """Have modules compiled at their first call, each as one graph, and prove afterwards that `least` graphs were."""
+    """Have modules compiled at their first call, each as one graph, and prove afterwards that `least` graphs were.
+
+    `functions` are compiled likewise, and become attributes: (owner, attribute, function).
+    """
     import torch
     from torch._dynamo.utils import counters
 
@@ -89,6 +118,8 @@ def _compile(
     ahead = parallel_coordinate_descent() if searched else None
     for module in modules:
         module.compile(fullgraph=True, dynamic=dynamic, options=options)
+    for owner, attribute, function in functions:
+        setattr(owner, attribute, torch.compile(function, fullgraph=True, dynamic=dynamic, options=options))
 
     def proof() -> dict[str, Any]:
         graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
@@ -98,3 +129,49 @@ def _compile(
 
     build.proofs[name] = proof
     return {"mode": build.spec.compile_mode, "options": options}
+
+
+# --- capture ---------------------------------------------------------------------------------------------------------
+
+ADAPTER_METHODS = (
+    *("load_lora_adapter", "add_adapter", "delete_adapters", "unload_lora", "fuse_lora", "unfuse_lora"),
+    *("set_adapter", "set_adapters", "enable_adapters", "disable_adapters", "enable_lora", "disable_lora"),
+)
+
+
+@optimization(stage="capture", devices=("cuda",), modes=("default", "max-autotune-no-cudagraphs"))
+def cuda_graph(build: Build) -> dict[str, Any]:
+    """Launch the text encoders, a whole step of the denoiser and the VAE's decoder as one CUDA graph each.
+
+    Thousands of launches a step become one, so that a slow host no longer holds the GPU up. Calls in other shapes are
+    captured when they come; an adapter that is attached or changed has everything captured anew.
+    https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/
+    """
+    captured = []
+    for name, owner, attribute in build.launched():
+        graphed = Graphed(name, getattr(owner, attribute), build.pipe.device)
+        setattr(owner, attribute, graphed)
+        captured.append(graphed)
+    for _, network in build.networks():
+        for method in ADAPTER_METHODS:
+            if hasattr(network, method):
+                setattr(network, method, _forgetting(captured, getattr(network, method)))
+
+    def proof() -> dict[str, Any]:
+        idle = [graphed.name for graphed in captured if not graphed.replays]
+        if idle:
+            raise RuntimeError(f"cuda_graph: nothing was replayed of {', '.join(idle)}")
+        return {graphed.name: graphed.account() for graphed in captured}
+
+    build.proofs["cuda_graph"] = proof
+    return {}
+
+
+def _forgetting(captured: list[Graphed], method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        for graphed in captured:
+            graphed.forget()
+        return method(*args, **kwargs)
+
+    return call

@@ -68,3 +68,15 @@ def vae_fp16_fix(build: Build) -> dict[str, Any]:
 
     build.proofs["vae_fp16_fix"] = proof
     return {}
+
+
+@optimization(stage="load", devices=("cuda",))
+def cudnn_benchmark(build: Build) -> dict[str, Any]:
+    """Let cuDNN time its algorithms for each convolution it meets, and take the fastest, instead of a heuristic's.
+
+    https://docs.pytorch.org/docs/stable/backends.html#torch.backends.cudnn.torch.backends.cudnn.benchmark
+    """
+    import torch
+
+    torch.backends.cudnn.benchmark = True
+    return {"benchmark": torch.backends.cudnn.benchmark}

@@ -13,7 +13,7 @@ from typing import Any
 
 from diffusion_fast.spec import Model, RunSpec
 
-STAGES = ("load", "attention", "layout", "fuse", "swap", "quantize", "inductor", "compile")
+STAGES = ("load", "attention", "layout", "fuse", "swap", "quantize", "inductor", "compile", "approximate", "capture")
 
 
 @dataclass
@@ -25,12 +25,25 @@ class Build:
     dtype: str = "float32"
     fp16_vae: bool = False
     compile_options: dict[str, Any] = field(default_factory=dict)
+    call_arguments: dict[str, Any] = field(default_factory=dict)  # of the pipeline, beside what the spec says
+    step_calls: list[tuple[str, Any, str]] = field(default_factory=list)  # see `launched`
     pipe: Any = None
     proofs: dict[str, Callable[[], dict[str, Any]]] = field(default_factory=dict)  # called after the warm-up
 
     @property
     def denoiser(self) -> Any:
         return getattr(self.pipe, self.model.denoiser)
+
+    def launched(self) -> list[tuple[str, Any, str]]:
+        """What computes on the device with nothing for the host to decide meanwhile: name, owner, attribute.
+
+        A step of the denoiser is one of them, unless an optimization has made `step_calls` of it.
+        """
+        step = self.step_calls or [("step", self.denoiser, _entry(self.denoiser))]
+        calls = [(f"{self.model.denoiser} {name}", owner, attribute) for name, owner, attribute in step]
+        decoder = self.pipe.vae.decoder
+        encoders = [(name, each) for name, each in self.networks() if name.startswith("text_encoder")]
+        return [*calls, *((name, each, _entry(each)) for name, each in [*encoders, ("vae.decoder", decoder)])]
 
     def networks(self) -> Iterator[tuple[str, Any]]:
         """The pipeline's neural networks by their names in it."""
@@ -39,6 +52,11 @@ class Build:
         for name, component in self.pipe.components.items():
             if isinstance(component, torch.nn.Module):
                 yield name, component
+
+
+def _entry(network: Any) -> str:
+    """The attribute that a call of the network runs: a compiled one has its graph in another place than its code."""
+    return "_compiled_call_impl" if network._compiled_call_impl is not None else "forward"
 
 
 @dataclass(frozen=True)
@@ -58,7 +76,9 @@ class Optimization:
         "",
     )  # a field of Model and a name: where the one is set, the other is required
     imports: tuple[str, ...] = ()  # slow modules it needs, imported (and timed) before the pipeline loads
+    modes: tuple[str, ...] = ()  # the only compile modes that it goes with, where anything compiles; none: all
     lossless: bool = True  # False: changes the image by more than rounding
+    same_work: bool = True  # False: leaves out some of the model's operations, so that single steps can't be compared
 
     @property
     def summary(self) -> str:
@@ -87,3 +107,8 @@ def optimization(
 def compiles(names: Iterable[str]) -> bool:
     """Whether a recipe of these names compiles anything."""
     return any(OPTIMIZATIONS[name].stage == "compile" for name in names)
+
+
+def same_work(names: Iterable[str]) -> bool:
+    """Whether a recipe of these names does all of the model's work, in whatever way."""
+    return all(OPTIMIZATIONS[name].same_work for name in names)

@@ -1,0 +1,161 @@
+"""Stage approximate: less work for nearly the same picture. The scheduler's steps stay; none of this is lossless."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from diffusion_fast.optimizations.registry import Build, optimization
+
+REUSE_EVERY = 3  # steps: one in so many is computed in full
+GUIDED = 0.5  # of the steps: they decide what is painted where
+
+
+@optimization(stage="approximate", excludes=("compile",), lossless=False, same_work=False)
+def feature_reuse(build: Build) -> dict[str, Any]:
+    """Compute the UNet's deep features in every third step, and its outermost blocks alone in those between.
+
+    DeepCache, https://arxiv.org/abs/2312.00858, at its shallowest branch. Compiling the whole denoiser would take the
+    choice between the two for a part of it: regional_compile doesn't.
+    """
+    reused = ReusedFeatures(build.denoiser)
+    build.step_calls = [("full", reused, "full"), ("shallow", reused, "shallow")]
+    build.denoiser.forward = reused
+    scheduler = build.pipe.scheduler
+    scheduler.set_timesteps = reused.start_before(scheduler.set_timesteps)
+
+    def proof() -> dict[str, Any]:
+        if not (reused.full_steps and reused.shallow_steps):
+            raise RuntimeError(f"feature_reuse: {reused.full_steps} full and {reused.shallow_steps} shallow steps")
+        return {"full_steps": reused.full_steps, "shallow_steps": reused.shallow_steps}
+
+    if build.spec.steps > 1:
+        build.proofs["feature_reuse"] = proof
+    return {"every": REUSE_EVERY}
+
+
+class ReusedFeatures:
+    """A UNet2DConditionModel's forward, which keeps what enters its last block in one step for those that follow.
+
+    Raises TypeError where it is given what changes the blocks between, such as a ControlNet's residuals.
+    """
+
+    def __init__(self, unet: Any) -> None:
+        if not (hasattr(unet, "down_blocks") and hasattr(unet, "up_blocks")):
+            raise RuntimeError(f"feature_reuse: {type(unet).__name__} has no blocks that lead down and up again")
+        self.unet, self.original = unet, unet.forward
+        self.entering: Any = None
+        unet.up_blocks[-1].register_forward_pre_hook(self._note, with_kwargs=True)
+        self.features: Any = None
+        self.step = 0
+        self.full_steps = self.shallow_steps = 0
+
+    def start_before(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, which begins a trajectory: nothing of the one before is reused."""
+
+        @functools.wraps(function)
+        def begin(*args: Any, **kwargs: Any) -> Any:
+            self.step, self.features = 0, None
+            return function(*args, **kwargs)
+
+        return begin
+
+    def __call__(
+        self,
+        sample: Any,
+        timestep: Any,
+        encoder_hidden_states: Any,
+        *,
+        added_cond_kwargs: dict[str, Any] | None = None,
+        timestep_cond: Any = None,
+        cross_attention_kwargs: Any = None,
+        return_dict: bool = False,
+    ) -> tuple[Any]:
+        """As the UNet's forward, without what goes into its middle; a tuple in any case."""
+        given = sample, timestep, encoder_hidden_states, added_cond_kwargs, timestep_cond
+        due = self.step % REUSE_EVERY == 0
+        self.step += 1
+        # After guidance has ended there are half as many rows: what was kept is of no use then.
+        if due or self.features is None or self.features.shape[0] != sample.shape[0]:
+            output, self.features = self.full(*given, cross_attention_kwargs)
+            self.full_steps += 1
+        else:
+            output = self.shallow(*given, self.features)
+            self.shallow_steps += 1
+        return (output,)
+
+    def full(
+        self, sample: Any, timestep: Any, text: Any, added: Any, timestep_cond: Any, cross_attention_kwargs: Any
+    ) -> tuple[Any, Any]:
+        """What the whole UNet gives, and what entered its last block on the way."""
+        (output,) = self.original(
+            sample,
+            timestep,
+            text,
+            added_cond_kwargs=added,
+            timestep_cond=timestep_cond,
+            cross_attention_kwargs=cross_attention_kwargs,
+            return_dict=False,
+        )
+        return output, self.entering
+
+    def shallow(self, sample: Any, timestep: Any, text: Any, added: Any, timestep_cond: Any, features: Any) -> Any:
+        """What the UNet gives when `features` enter its last block: its own first block, and its last."""
+        unet = self.unet
+        first, last = unet.down_blocks[0], unet.up_blocks[-1]
+        emb = unet.time_embedding(unet.get_time_embed(sample=sample, timestep=timestep), timestep_cond)
+        aug = unet.get_aug_embed(emb=emb, encoder_hidden_states=text, added_cond_kwargs=added)
+        emb = emb if aug is None else emb + aug
+        text = unet.process_encoder_hidden_states(encoder_hidden_states=text, added_cond_kwargs=added)
+        sample = unet.conv_in(sample)
+        _, skips = first(hidden_states=sample, temb=emb, **_attending(first, text))
+        # The first block's last skip, behind its downsampling, is for the block before the last.
+        skips = (sample, *skips)[: len(last.resnets)]
+        sample = last(hidden_states=features, temb=emb, res_hidden_states_tuple=skips, **_attending(last, text))
+        if unet.conv_norm_out:
+            sample = unet.conv_act(unet.conv_norm_out(sample))
+        return unet.conv_out(sample)
+
+    def _note(self, _: Any, args: Any, kwargs: Any) -> None:
+        self.entering = kwargs["hidden_states"]
+
+
+def _attending(block: Any, text: Any) -> dict[str, Any]:
+    return {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+
+
+@optimization(stage="approximate", lossless=False, same_work=False)
+def guidance_cutoff(build: Build) -> dict[str, Any]:
+    """Guide the first half of the steps, and give the denoiser the prompt alone in the others: half the rows.
+
+    https://arxiv.org/abs/2404.07724 guides an interval of the steps, https://arxiv.org/abs/2312.12487 the first ones.
+    diffusers has a callback for it, which takes a batch's last prompt for all of it.
+    """
+    if build.spec.guidance_scale <= 1:
+        raise RuntimeError(f"guidance_cutoff: a scale of {build.spec.guidance_scale:g} guides no step")
+    guided = max(1, round(GUIDED * build.spec.steps))
+    known = type(build.pipe)._callback_tensor_inputs
+    halves = 0
+
+    def end_guidance(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        nonlocal halves
+        if step != guided - 1:
+            return {}
+        pipe._guidance_scale = 0.0  # as diffusers' own callback does: the pipeline then no longer doubles the latents
+        rows = 2 * tensors.pop("latents").shape[0]
+        found = {name: value.chunk(2)[1] for name, value in tensors.items() if value.shape[0] == rows}
+        halves += len(found)
+        return found
+
+    def proof() -> dict[str, Any]:
+        if guided < build.spec.steps and not halves:
+            raise RuntimeError("guidance_cutoff: nothing was halved")
+        return {"guided_steps": guided}
+
+    build.proofs["guidance_cutoff"] = proof
+    build.call_arguments |= {
+        "callback_on_step_end": end_guidance,
+        "callback_on_step_end_tensor_inputs": [name for name in known if not name.startswith("negative")],
+    }
+    return {"guided_steps": guided, "steps": build.spec.steps}

@@ -1,0 +1,107 @@
+"""What the approximations leave out, on the bundled model: which steps, and which rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from diffusion_fast.optimizations import approximation, same_work
+from diffusion_fast.optimizations.approximation import REUSE_EVERY, ReusedFeatures
+from diffusion_fast.pipeline import call, call_for
+from tests.test_optimizations import build
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def calls_of(module: Any) -> list[int]:
+    """Grows by the number of rows each time that the module is called."""
+    seen: list[int] = []
+    module.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(len(args[0] if args else kwargs["hidden_states"])), with_kwargs=True
+    )
+    return seen
+
+
+def test_deep_blocks_compute_every_third_step_and_the_outermost_all() -> None:
+    made, applied = build("sdpa", "feature_reuse", steps=7)
+    middle, last = calls_of(made.denoiser.mid_block), calls_of(made.denoiser.up_blocks[-1])
+    call(made)
+    assert (len(middle), len(last)) == (3, 7)
+    assert made.proofs["feature_reuse"]() == {"full_steps": 3, "shallow_steps": 4}
+    assert applied["feature_reuse"] == {"every": REUSE_EVERY}
+    call(made)  # a new trajectory starts with a full step, wherever the one before has ended
+    assert len(middle) == 6
+    assert not same_work(made.spec.optimizations)
+
+
+def test_with_its_own_features_a_shallow_step_is_a_full_one() -> None:
+    """What is left out is what was kept: then nothing else may differ, for any layout of first and last blocks."""
+    torch.manual_seed(0)
+    small: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "layers_per_block": 2,
+    }
+    attending = {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "cross_attention_dim": 12}
+    up = {"up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "attention_head_dim": 4}
+    for unet, added in (
+        (build("sdpa")[0].denoiser, {"time_ids": torch.ones(2, 6)}),
+        (UNet2DConditionModel(**small, **attending, **up), None),
+    ):
+        if added:
+            wide = unet.add_embedding.linear_1.in_features - 6 * unet.config.addition_time_embed_dim
+            added["text_embeds"] = torch.rand(2, wide)
+        text = torch.rand(2, 5, unet.config.cross_attention_dim)
+        given = torch.rand(2, 4, 8, 8), torch.tensor(17.0), text
+        expected = unet(*given, added_cond_kwargs=added, return_dict=False)[0]
+        reused = ReusedFeatures(unet)
+        assert torch.equal(reused(*given, added_cond_kwargs=added)[0], expected)
+        assert torch.equal(reused(*given, added_cond_kwargs=added)[0], expected)
+        assert (reused.full_steps, reused.shallow_steps) == (1, 1)
+        other = reused(torch.rand(2, 4, 8, 8), *given[1:], added_cond_kwargs=added)[0]
+        assert not torch.allclose(other, expected)
+
+
+def test_what_changes_the_blocks_between_is_refused() -> None:
+    made, _ = build("sdpa", "feature_reuse")
+    with pytest.raises(TypeError, match="mid_block_additional_residual"):
+        made.denoiser(torch.rand(2, 4, 16, 16), 1, torch.rand(2, 77, 128), mid_block_additional_residual=torch.rand(1))
+
+
+def test_guidance_ends_after_half_of_the_steps_with_the_prompt_of_each_row() -> None:
+    made, applied = build("sdpa", "guidance_cutoff", steps=4, batch_size=2)
+    rows = calls_of(made.denoiser.up_blocks[-1])
+    prompts = ["a red circle on a white background", "a blue star on a black background"]
+    both = call_for(made, prompts, [1, 2])
+    assert rows == [4, 4, 2, 2]
+    assert applied["guidance_cutoff"] == {"guided_steps": 2, "steps": 4}
+    assert made.proofs["guidance_cutoff"]() == {"guided_steps": 2}
+    # Each row goes on with its own prompt: a batch gives what its prompts give alone.
+    alone = replace(made, spec=replace(made.spec, batch_size=1))
+    for prompt, seed, picture in zip(prompts, (1, 2), both, strict=True):
+        (single,) = call_for(alone, [prompt], [seed])
+        difference = torch.tensor(list(picture.tobytes())) - torch.tensor(list(single.tobytes()))
+        assert difference.abs().max() <= 2
+
+
+def test_without_guidance_there_is_none_to_end() -> None:
+    with pytest.raises(RuntimeError, match="guidance_cutoff: a scale of 1 guides no step"):
+        build("guidance_cutoff", guidance_scale=1.0)
+
+
+def test_both_together_compute_in_full_where_the_rows_change() -> None:
+    made, _ = build("sdpa", "feature_reuse", "guidance_cutoff", steps=8)
+    middle = calls_of(made.denoiser.mid_block)
+    call(made)
+    assert middle == [2, 2, 1, 1]  # steps 0, 3, 4 (guidance has ended) and 6
+    assert approximation.GUIDED == 0.5

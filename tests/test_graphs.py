@@ -1,0 +1,148 @@
+"""What a graph's recording does to the calls around it, with recordings that a CPU can make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
+from peft import LoraConfig
+from torch.utils import _pytree as pytree
+
+from diffusion_fast import graphs
+from diffusion_fast.graphs import Graphed
+from diffusion_fast.optimizations import Build, compilation
+from diffusion_fast.pipeline import call
+from tests.test_optimizations import build
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def record(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """As a CUDA graph: a replay computes anew from whatever the same inputs hold, into the same outputs."""
+    outputs = function()
+
+    def replay() -> None:
+        filled = pytree.tree_leaves(outputs)
+        for old, new in zip(filled, pytree.tree_leaves(function()), strict=True):
+            if isinstance(old, torch.Tensor):
+                old.copy_(new)
+
+    return replay, outputs
+
+
+def double(tensor: torch.Tensor, *, factor: int = 2) -> dict[str, torch.Tensor]:
+    return {"it": tensor * factor}
+
+
+def test_a_replay_computes_from_what_it_is_given_now() -> None:
+    graphed = Graphed("double", double, "cpu", record)
+    assert graphed(torch.tensor([1.0, 2.0]))["it"].tolist() == [2.0, 4.0]
+    assert graphed(torch.tensor([5.0, 7.0]))["it"].tolist() == [10.0, 14.0]
+    assert graphed.account() == {"captures": 1, "replays": 2, "eager_calls": 0}
+
+
+def test_what_was_returned_is_not_changed_by_the_next_replay() -> None:
+    graphed = Graphed("double", double, "cpu", record)
+    first = graphed(torch.tensor([1.0]))["it"]
+    graphed(torch.tensor([9.0]))
+    assert first.tolist() == [2.0]
+
+
+def test_other_shapes_dtypes_and_values_are_captured_by_themselves_and_once() -> None:
+    graphed = Graphed("double", double, "cpu", record)
+    for _ in range(2):
+        assert graphed(torch.ones(3))["it"].tolist() == [2.0] * 3
+        assert graphed(torch.ones(3, dtype=torch.float64))["it"].dtype == torch.float64
+        assert graphed(torch.ones(1, 3))["it"].shape == (1, 3)
+        assert graphed(torch.ones(3), factor=5)["it"].tolist() == [5.0] * 3
+    assert graphed.account() == {"captures": 4, "replays": 8, "eager_calls": 0}
+
+
+def test_strides_are_the_first_callers() -> None:
+    graphed = Graphed("double", double, "cpu", record)
+    image = torch.rand(2, 3, 4, 5)
+    graphed(image)
+    assert torch.equal(graphed(image.to(memory_format=torch.channels_last))["it"], image * 2)
+    assert graphed.captures == 1
+
+
+def test_past_the_most_shapes_it_computes_without_a_graph_and_warns_once() -> None:
+    graphed = Graphed("double", double, "cpu", record)
+    for size in range(graphs.MOST):
+        graphed(torch.ones(size))
+    with pytest.warns(UserWarning, match="double was captured in 16 shapes already") as warned:
+        for _ in range(3):
+            assert graphed(torch.ones(100))["it"].tolist() == [2.0] * 100
+    assert len(warned) == 1
+    assert graphed.account() == {"captures": 16, "replays": 16, "eager_calls": 3}
+
+
+def captured(*names: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Build:
+    """cuda_graph as it is on a GPU, but for the recordings."""
+    monkeypatch.setattr(graphs, "record_on_gpu", record)
+    made, _ = build(*names, **changes)
+    compilation.cuda_graph(made)
+    return made
+
+
+def pictures(made: Build, **changes: Any) -> bytes:
+    return b"".join(image.tobytes() for image in call(replace(made, spec=replace(made.spec, **changes))))
+
+
+CHANGES: tuple[dict[str, Any], ...] = (
+    {},
+    {"height": 64, "width": 96},
+    {"batch_size": 2},
+    {"prompt": "a small blue star"},
+    {"prompt": " and ".join(["a large green ring"] * 5)},
+    {"guidance_scale": 1.0},
+    {"guidance_scale": 7.0},
+    {"steps": 3},
+    {"seed": 5},
+    {},
+)
+
+
+def test_whatever_changes_between_calls_the_pixels_are_those_of_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, made = build("sdpa")[0], captured("sdpa", monkeypatch=monkeypatch)
+    for change in CHANGES:
+        assert pictures(made, **change) == pictures(plain, **change), change
+    # DPM-Solver and PNDM use what the denoiser gave in steps before: a graph's outputs would have been overwritten.
+    for scheduler in (DPMSolverMultistepScheduler, PNDMScheduler):
+        for each in (plain, made):
+            each.pipe.scheduler = scheduler.from_config(each.pipe.scheduler.config)
+        assert pictures(made, steps=6) == pictures(plain, steps=6), scheduler
+    account = made.proofs["cuda_graph"]()
+    # As planned, another size, a batch of two, no guidance, and the integer time steps of the other schedulers.
+    assert account["unet step"]["captures"] == 5
+    assert account["unet step"]["eager_calls"] == 0
+    assert account["vae.decoder"]["captures"] == 3
+    assert set(account) == {"unet step", "text_encoder", "text_encoder_2", "vae.decoder"}
+
+
+def test_an_adapter_that_comes_later_is_honoured(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, made = build("sdpa")[0], captured("sdpa", monkeypatch=monkeypatch)
+    before = pictures(made)
+    for each in (plain, made):
+        torch.manual_seed(0)
+        each.denoiser.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    with_adapter = pictures(made)
+    assert with_adapter == pictures(plain) != before
+    for each in (plain, made):
+        each.denoiser.disable_adapters()
+    assert pictures(made) == before
+    assert made.proofs["cuda_graph"]()["unet step"]["captures"] == 3
+
+
+def test_a_network_that_was_never_replayed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = captured(monkeypatch=monkeypatch)
+    with pytest.raises(RuntimeError, match="nothing was replayed of unet step, text_encoder"):
+        made.proofs["cuda_graph"]()
