@@ -188,7 +188,8 @@ def list_(as_json: bool) -> None:
         before: set[str] = set()
         for index, recipe in enumerate(recipes):
             added = [each for each in recipe.optimizations if each not in before]
-            mode = f"compile mode {recipe.compile_mode}" if recipe.compile_mode else ""
+            share = f"{recipe.steps_share:.0%} of the steps" if recipe.steps_share < 1 else ""
+            mode = share or (f"compile mode {recipe.compile_mode}" if recipe.compile_mode else "")
             click.echo(f"    {index:02}-{recipe.name:20} {'+ ' + ', '.join(added) if added else mode}".rstrip())
             before |= set(recipe.optimizations)
 

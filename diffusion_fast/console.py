@@ -180,7 +180,7 @@ def show(frame: pd.DataFrame, floor: str = "") -> None:
     """The table, what must be known of single rungs, and the noise floor where it is known."""
     from rich.console import Console
 
-    from diffusion_fast import report
+    from diffusion_fast import control, report
 
     # Without a terminal to fit into, a table is as wide as it needs to be.
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -190,6 +190,8 @@ def show(frame: pd.DataFrame, floor: str = "") -> None:
         console.print(report.table(frame, columns))
     for warning in report.warnings(frame):
         click.echo(f"Warning: {warning}")
+    for verdict in control.verdicts(report.records(frame)):
+        click.echo(f"Control: {verdict.sentence}")
     if floor:
         click.echo(f"Note: {floor}")
 

@@ -65,3 +65,20 @@ def compare(image: Any, reference: Any) -> Fidelity:
     assert isinstance(ssim, torch.Tensor)
     # Of equal images with flat areas rounding makes 0.9999.
     return Fidelity(psnr if math.isfinite(psnr) else None, 1.0 if identical else float(ssim), identical)
+
+
+def median_psnr_db(pictures: Any, references: Any) -> float | None:
+    """Of many pictures, each against its own reference: bytes of shape (pictures, height, width, 3).
+
+    The median, because a few that show something else would decide the mean. None where half of them are equal to
+    their references. Raises ValueError where the shapes differ.
+    """
+    import numpy as np
+    from skimage.metrics import peak_signal_noise_ratio
+
+    if pictures.shape != references.shape:
+        raise ValueError(f"the pictures are {pictures.shape} and their references {references.shape}")
+    with np.errstate(divide="ignore"):
+        found = [peak_signal_noise_ratio(one, other) for one, other in zip(references, pictures, strict=True)]
+    median = float(np.median(found))
+    return median if np.isfinite(median) else None

@@ -175,7 +175,7 @@ def plan_ladder(
             width=settings.width or model.width,
             guidance_scale=model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale,
             seed=settings.seed,
-            accuracy_prompts=0 if rung == REFERENCE else accuracy_prompts,
+            accuracy_prompts=accuracy_prompts,
             tag=settings.tag,
             profile=settings.profile and rung != REFERENCE,
         )
@@ -235,16 +235,27 @@ def find_model(name: str) -> Model:
 def find_ladder(name: str, device: Device) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
     """A ladder's recipes as this device can measure them, and what was left out of them.
 
-    Ladders are written once for all devices. Only names of the first rung, which all rungs share, may be left out:
-    without its own names a later rung would measure nothing new, and is refused.
+    Ladders are written once for all devices. A name that runs on another one is left out of all rungs, and a rung that
+    differed from an earlier one by such names alone is left out, because it would measure nothing new.
     """
     recipes = lookup("ladder", name, LADDERS)
-    absent = [each for each in recipes[0].optimizations if device.kind not in OPTIMIZATIONS[each].devices]
-    fitted = tuple(
-        replace(recipe, optimizations=tuple(each for each in recipe.optimizations if each not in absent))
-        for recipe in recipes
+    absent = dict.fromkeys(
+        each for recipe in recipes for each in recipe.optimizations if device.kind not in OPTIMIZATIONS[each].devices
     )
-    return fitted, tuple(f"{each} is left out: it runs on another device than this {device.kind}" for each in absent)
+    fitted: dict[Recipe, Recipe] = {}  # each as it was written, and as it can be measured
+    notes = [f"{each} is left out: it runs on another device than this {device.kind}" for each in absent]
+    for recipe in recipes:
+        fits = replace(recipe, optimizations=tuple(each for each in recipe.optimizations if each not in absent))
+        same = [
+            old
+            for old, new in fitted.items()
+            if replace(new, name="") == replace(fits, name="") and replace(old, name="") != replace(recipe, name="")
+        ]
+        if same:
+            notes.append(f"the rung {recipe.name} is left out: here it would be {same[-1].name} again")
+        else:
+            fitted[recipe] = fits
+    return tuple(fitted.values()), tuple(notes)
 
 
 def lookup(kind: str, name: str, known: Mapping[str, T]) -> T:

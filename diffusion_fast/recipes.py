@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from diffusion_fast.spec import Recipe
 
 # The six published rungs of "Accelerating Generative AI III: Diffusion, Fast". Its code sets some of these names
@@ -25,10 +27,33 @@ DEFAULT_MODE = tuple(
     for recipe in (COMPILE, FUSED_QKV, INT8_DYNAMIC)
 )
 
+# Past the published rungs, nothing lost: little to compile, one launch a network, and what the profile shows between.
+# The published last rung stands in it in mode default, because max-autotune takes longer than all the others together.
+REGIONAL = SDPA.plus("regional", "channels_last", "fused_qkv", "regional_compile", compile_mode="default")
+GRAPH = REGIONAL.plus("graph", "cuda_graph")
+HOST = GRAPH.plus("postprocessing", "device_postprocessing")
+CUDNN = HOST.plus("cudnn", "cudnn_benchmark")
+LOSSLESS = CUDNN.plus("layout", "no_layout_copies")
+
+# Less work for nearly the same picture, and beside it the plain recipe with fewer steps: its control.
+PLAIN = replace(LOSSLESS, name="plain")
+CONTROLS = tuple(
+    replace(PLAIN, name=f"plain-{round(100 * share)}", steps_share=share)
+    for share in (0.8, 0.67, 0.5, 0.4, 0.33, 0.27, 0.2)
+)
+
 AA = "aa"
 LADDERS: dict[str, tuple[Recipe, ...]] = {
     "progressive": PROGRESSIVE,
     "progressive-modes": (*PROGRESSIVE, *DEFAULT_MODE),
+    "fast": (BASELINE, DEFAULT_MODE[-1], REGIONAL, GRAPH, HOST, CUDNN, LOSSLESS),
+    "turbo": (
+        PLAIN,
+        *CONTROLS,
+        PLAIN.plus("guidance-cutoff", "guidance_cutoff"),
+        PLAIN.plus("feature-reuse", "feature_reuse"),
+        PLAIN.plus("cutoff-and-reuse", "guidance_cutoff", "feature_reuse"),
+    ),
     "cpu": (SDPA, COMPILE, FUSED_QKV),  # its three experiments on a CPU
     # One recipe under two names: what differs between them is the noise of the machine.
     AA: (Recipe("a", SDPA.optimizations), Recipe("b", SDPA.optimizations)),

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_fast import check, rows, spool, stats
+from diffusion_fast import check, control, rows, spool, stats
 from diffusion_fast.recipes import AA, LADDERS
 
 if TYPE_CHECKING:
@@ -33,9 +33,10 @@ COLUMNS = (
     ("psnr_db", "PSNR dB", "{:.1f}"),
     ("ssim", "SSIM", "{:.4f}"),
     ("prompt_accuracy", "prompts right", "{:.1%}"),
+    ("prompt_psnr_db", "their PSNR dB", "{:.1f}"),
     ("rounds", "rounds", "{:g}"),
 )
-OPTIONAL = ("prompt_accuracy", "first_call_warm_s", "rounds")  # shown where a rung has it
+OPTIONAL = ("prompt_accuracy", "prompt_psnr_db", "first_call_warm_s", "rounds")  # shown where a rung has it
 # The second table: what it took, how close that is to what the device can do, and what it cost in fidelity.
 COSTS = (
     ("rung", "rung", "{}"),
@@ -315,6 +316,7 @@ def markdown(frame: pd.DataFrame, notes: Iterable[str] = ()) -> str:
     speed, *costs = (_markdown_table(frame, columns) for columns in tables(frame))
     text = "\n".join([speed, f"{caption(frame)}\n", *costs])
     text += "".join(f"\nWarning: {warning}.\n" for warning in warnings(frame))
+    text += "".join(f"\nControl: {each.sentence}.\n" for each in control.verdicts(records(frame)))
     return text + "".join(f"\nNote: {note}.\n" for note in notes)
 
 

@@ -46,6 +46,7 @@ METRICS = (
     "prompt_accuracy_low",
     "prompt_accuracy_high",
     "prompt_count",
+    "prompt_psnr_db",
     "load_s",
     "import_s",
     "first_call_s",
@@ -122,6 +123,8 @@ def metrics(outcome: Outcome, base: Result | None) -> dict[str, float]:
             "prompt_accuracy_high": outcome.accuracy["high"],
             "prompt_count": outcome.accuracy["prompts"],
         }
+        if "psnr_db" in outcome.accuracy:
+            found["prompt_psnr_db"] = outcome.accuracy["psnr_db"]
     return found
 
 

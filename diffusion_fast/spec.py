@@ -183,7 +183,7 @@ class Result(_Json):
     limits: dict[str, float] = field(default_factory=dict)  # what the device could do, see roofline.py
     accuracy: dict[str, float] = field(
         default_factory=dict
-    )  # of the held-out prompts: right, prompts, accuracy, low, high
+    )  # of the held-out prompts: right, prompts, accuracy, low, high; psnr_db, see fidelity.median_psnr_db
     profile: dict[str, Any] = field(default_factory=dict)  # where the time goes, see profile.py
     problem: str = ""  # what could not be found out after the timed calls, which count nevertheless
     environment: dict[str, Any] = field(default_factory=dict)

@@ -1,7 +1,8 @@
 """Where outcomes live on disk. The spool is the truth; MLflow is a view of it.
 
 SPOOL/LADDER/ladder.json
-             reference/              spec.json, reference.safetensors, steps.pt, flops.json, image.png, log.txt
+             reference/              spec.json, reference.safetensors, steps.pt, flops.json, image.png, log.txt,
+                                     prompts.npz (where prompts are judged)
              00-baseline/r1-a1/      spec.json, result.json | failure.json, image.png, image.jpg, result.csv,
                                      log.txt, progress.txt, environment.json, requirements.txt,
                                      prompts.json, prompts.jpg (where prompts were judged),
@@ -28,6 +29,7 @@ from diffusion_fast.spec import REFERENCE, Failure, Ladder, Outcome, Result, Run
 LADDER, SPEC, RESULT, FAILURE = "ladder.json", "spec.json", "result.json", "failure.json"
 TRAINING, TRAINING_METRICS, TRAINING_SAMPLES = "training.json", "metrics.jsonl", "samples"
 REFERENCE_IMAGE, REFERENCE_STEPS, REFERENCE_FLOPS = "reference.safetensors", "steps.pt", "flops.json"
+REFERENCE_PROMPTS = "prompts.npz"
 LOG, PROGRESS = "log.txt", "progress.txt"
 PROFILE, TRACE = "profile.md", "trace.json.gz"
 PROMPTS, PROMPTS_SHEET = "prompts.json", "prompts.jpg"

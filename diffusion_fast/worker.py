@@ -93,6 +93,7 @@ def make_reference(spec: RunSpec, folder: Path, progress: Progress) -> None:
     build, _, _ = _load(spec, progress)
     progress("rendering the reference")
     _, decoded = _phases(build)
+    import numpy
     import torch
     from safetensors.torch import save_file
 
@@ -105,6 +106,10 @@ def make_reference(spec: RunSpec, folder: Path, progress: Progress) -> None:
     spool.write_json(folder / spool.REFERENCE_FLOPS, roofline.count_flops(build))
     progress("recording single steps")
     steps = onestep.record(build)
+    if spec.accuracy_prompts:
+        progress(f"painting {spec.accuracy_prompts} held-out prompts")
+        pictures = _painted(build)[1]
+        numpy.savez_compressed(folder / spool.REFERENCE_PROMPTS, pictures=pictures)
     images = {"float32": decoded}
     for numbers in onestep.eager_in(build, {rung.numbers for rung in spool.read_ladder(folder.parent).rungs}):
         progress(f"the same in {numbers}")
@@ -214,7 +219,8 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
     if spec.profile:
         then("profiling", lambda: _profile(build, folder, reference / spool.REFERENCE_FLOPS, result.limits))
     if spec.accuracy_prompts:
-        then(f"painting {spec.accuracy_prompts} held-out prompts", lambda: _accuracy(build, folder))
+        prompts = reference / spool.REFERENCE_PROMPTS
+        then(f"painting {spec.accuracy_prompts} held-out prompts", lambda: _accuracy(build, folder, prompts))
     return replace(result, problem="; ".join(problems))
 
 
@@ -349,20 +355,37 @@ def _profile(build: Build, folder: Path, flops_file: Path, limits: dict[str, flo
     return {"profile": profile.profile(build, folder, flops, limits)}
 
 
-def _accuracy(build: Build, folder: Path) -> dict[str, Any]:
+def _accuracy(build: Build, folder: Path, reference_file: Path) -> dict[str, Any]:
     """Have held-out prompts painted and judged; keep the verdicts, and a sheet of the pictures with them."""
-    from diffusion_fast import accuracy, world
-    from diffusion_fast.pipeline import call_for
+    import numpy
+
+    from diffusion_fast import accuracy
+    from diffusion_fast.fidelity import median_psnr_db
 
     spec = build.spec
-    prompts = world.held_out_prompts(spec.accuracy_prompts)
-    painted = accuracy.paint_and_judge(functools.partial(call_for, build), prompts, batch_size=spec.batch_size)
+    painted, pictures = _painted(build)
     spool.write_json(folder / spool.PROMPTS, {"painted": [each.to_dict() for each in painted]})
     found = accuracy.Accuracy.of(painted)
     title = f"{spec.rung}: {found.right} of {found.prompts} held-out prompts right"
     title += f", of which the first {SHEET_PROMPTS} are here" if found.prompts > SHEET_PROMPTS else ""
     accuracy.sheet(painted[:SHEET_PROMPTS], title).save(folder / spool.PROMPTS_SHEET, quality=90)
-    return {"accuracy": found.to_dict()}
+    psnr_db = None
+    if reference_file.is_file():
+        psnr_db = median_psnr_db(pictures, numpy.load(reference_file)["pictures"])
+    return {"accuracy": found.to_dict() | ({} if psnr_db is None else {"psnr_db": psnr_db})}
+
+
+def _painted(build: Build) -> tuple[list[Any], Any]:
+    """Held-out prompts, painted and judged, and the pictures as bytes of shape (prompts, height, width, 3)."""
+    import numpy
+
+    from diffusion_fast import accuracy, world
+    from diffusion_fast.pipeline import call_for
+
+    prompts = world.held_out_prompts(build.spec.accuracy_prompts)
+    paint = functools.partial(call_for, build)
+    painted = accuracy.paint_and_judge(paint, prompts, batch_size=build.spec.batch_size)
+    return painted, numpy.stack([numpy.asarray(each.picture) for each in painted])
 
 
 def _to_pil(image: Any) -> list[Any]:

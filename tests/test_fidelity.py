@@ -3,10 +3,11 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from diffusion_fast.fidelity import CLIP, clip_score, compare
+from diffusion_fast.fidelity import CLIP, clip_score, compare, median_psnr_db
 from diffusion_fast.pipeline import byte_tokenizer
 
 
@@ -68,3 +69,14 @@ def test_clip_is_asked_where_its_weights_are_at_hand(tmp_path: Path, monkeypatch
     with torch.no_grad():
         shown, said = model(**inputs).image_embeds, model(**inputs).text_embeds
     assert score == pytest.approx(max(100 * float((shown @ said.T).mean()), 0), abs=1e-3)
+
+
+def test_of_many_pictures_the_median_counts() -> None:
+    references = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    pictures = references.copy()
+    assert median_psnr_db(pictures, references) is None  # equal to the last bit
+    pictures[:3] ^= 1  # each value off by one: a mean square error of 1
+    pictures[0] = 255 - references[0]  # another picture altogether: one of five says little
+    assert median_psnr_db(pictures, references) == pytest.approx(10 * math.log10(255**2))
+    with pytest.raises(ValueError, match="their references"):
+        median_psnr_db(pictures[:4], references)

@@ -1,0 +1,84 @@
+"""Does an approximation earn its place? Its control is the plain recipe with fewer steps, at no less latency."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from diffusion_fast.optimizations import same_work
+
+CLOSENESS = ("prompt_psnr_db", "psnr_db")  # over many pictures where there are many, else of the one
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one approximation is worth beside its control."""
+
+    rung: str
+    control: str
+    earned: bool  # closer to the picture of all steps, and more prompts right where that was judged
+    sentence: str
+
+
+def verdicts(rows: Sequence[dict[str, Any]]) -> list[Verdict]:
+    """One for each approximation in a ladder's rows, if the ladder has its first recipe with fewer steps, too.
+
+    An approximation is compared with the fastest control that isn't faster than itself.
+    """
+    measured = sorted((row for row in rows if row["status"] == "FINISHED"), key=lambda row: str(row["rung"]))
+    if not measured:
+        return []
+    plain = measured[0]
+    controls = [
+        row
+        for row in measured
+        if row.get("optimizations", "") == plain.get("optimizations", "") and row["steps"] <= plain["steps"]
+    ]
+    if len(controls) < 2:
+        return []
+    found = []
+    for row in measured:
+        if not same_work(_names(row)):
+            slower = [each for each in controls if each["latency_median_s"] >= row["latency_median_s"]]
+            found.append(_against(row, min(slower, key=_latency)) if slower else _slowest(row, plain))
+    return found
+
+
+def _against(row: dict[str, Any], control: dict[str, Any]) -> Verdict:
+    closeness = next((name for name in CLOSENESS if name in row and name in control), None)
+    if closeness is None:
+        return Verdict(row["rung"], control["rung"], False, f"{_named(row)} has no picture to compare with")
+    closer = row[closeness] > control[closeness]
+    parts = [
+        f"{'closer' if closer else 'not closer'} to the picture of all steps "
+        f"({row[closeness]:.1f} dB against {control[closeness]:.1f} dB)"
+    ]
+    better = True
+    if "prompt_accuracy" in row and "prompt_accuracy" in control:
+        better = row["prompt_accuracy"] > control["prompt_accuracy"]
+        parts.append(
+            f"{'more' if better else 'not more'} prompts right "
+            f"({row['prompt_accuracy']:.1%} against {control['prompt_accuracy']:.1%})"
+        )
+    earned = closer and better
+    judged = "earns its place" if earned else "doesn't earn its place"
+    return Verdict(
+        row["rung"], control["rung"], earned, f"{_named(row)} {judged} beside {_named(control)}: {', '.join(parts)}"
+    )
+
+
+def _slowest(row: dict[str, Any], plain: dict[str, Any]) -> Verdict:
+    return Verdict(row["rung"], plain["rung"], False, f"{_named(row)} is no faster than {_named(plain)}")
+
+
+def _named(row: dict[str, Any]) -> str:
+    return f"{row['rung']} ({_latency(row):.3g} s)"
+
+
+def _latency(row: dict[str, Any]) -> float:
+    return float(row["latency_median_s"])
+
+
+def _names(row: dict[str, Any]) -> list[str]:
+    return [name for name in str(row.get("optimizations", "")).split(",") if name]
