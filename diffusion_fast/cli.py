@@ -21,8 +21,9 @@ from diffusion_fast import console, plan, spool
 from diffusion_fast import ladder as climbing
 from diffusion_fast.console import fail
 from diffusion_fast.models import MODELS, WeightsUnreachableError, check_weights
-from diffusion_fast.optimizations import OPTIMIZATIONS
+from diffusion_fast.optimizations import OPTIMIZATIONS, eight_bit_format
 from diffusion_fast.recipes import LADDERS
+from diffusion_fast.sensitivity import read_kept
 from diffusion_fast.spec import Recipe
 
 UNTIL_ROUNDS = 5  # planned by --until at least: of fewer, the spread is so ill known that many would be added
@@ -102,6 +103,12 @@ measuring = options(
         default=1,
         show_default=True,
         help="How often everything is measured, each time in a new process.",
+    ),
+    click.option(
+        "--keep",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        metavar="FILE",
+        help="What `sensitivity` wrote: the layers that stay out of eight bits.",
     ),
     click.option("--tag", default="", help="A word of your own on every run."),
     click.option(
@@ -232,17 +239,66 @@ def profile(**chosen: Any) -> None:
     _measure_one("profile", profile=True, **chosen)
 
 
+@main.command()
+@one_recipe
+@click.option("--model", default="tiny", show_default=True, help="See `diffusion-fast list`.")
+@click.option("--weights", default="auto", help="embedded, pretrained (from the hub), random, or a folder.")
+@click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
+@click.option("--target", type=Percentage(), metavar="2%", help="The relative error of a step that may remain.")
+@click.option("--output", type=click.Path(file_okay=False, path_type=Path), default="sensitivity", show_default=True)
+def sensitivity(
+    names: str,
+    recipe_name: str,
+    ladder_name: str,
+    model: str,
+    weights: str,
+    device: str,
+    target: float | None,
+    output: Path,
+) -> None:
+    """Quantize a recipe's linear layers one by one, and say which lose most in eight bits.
+
+    With --target, also which have to stay out of them: `run --keep OUTPUT/sensitivity.json` sees to it.
+    """
+    from diffusion_fast import sensitivity as pass_
+
+    with wrong_input_exits_2():
+        found = plan.find_device(device)
+        recipe, _ = _chosen_recipe(names, recipe_name, ladder_name, found)
+        settings = plan.Settings(weights=None if weights == "auto" else weights)
+        chosen = plan.find_model(model)
+        planned = plan.plan_ladder("sensitivity", (recipe,), chosen, found, settings)
+        if not eight_bit_format(recipe.optimizations):
+            raise ValueError("sensitivity is about a recipe for eight bits: add fp8_rows or int8_rows by --with.")
+        try:
+            check_weights(chosen, planned.reference.weights, plan.hub_parts(planned, chosen))
+        except WeightsUnreachableError as error:
+            fail(str(error), 1)
+    if not pass_.launch(planned.rungs[0], target, output):
+        fail(f"the pass has failed; {output / spool.LOG} says why.", 1)
+    console.tell_sensitivity(spool.read_json(output / pass_.FILE))
+    click.echo(output / pass_.FILE)
+
+
 def _measure_one(what: str, *, names: str, recipe_name: str, ladder_name: str, device: str, **chosen: Any) -> None:
     with wrong_input_exits_2():
         found = plan.find_device(device)
-        start = Recipe("baseline")
-        notes: tuple[str, ...] = ()
-        if recipe_name:
-            recipes, notes = plan.find_ladder(ladder_name, found)
-            start = plan.lookup("recipe", recipe_name, {recipe.name: recipe for recipe in recipes})
+        recipe, notes = _chosen_recipe(names, recipe_name, ladder_name, found)
+    _measure(what, (recipe,), notes, found, only=(), **chosen)
+
+
+def _chosen_recipe(
+    names: str, recipe_name: str, ladder_name: str, device: plan.Device
+) -> tuple[Recipe, tuple[str, ...]]:
+    """A rung's recipe with some more names, and what was left out of it."""
+    start = Recipe("baseline")
+    notes: tuple[str, ...] = ()
+    if recipe_name:
+        recipes, notes = plan.find_ladder(ladder_name, device)
+        start = plan.lookup("recipe", recipe_name, {recipe.name: recipe for recipe in recipes})
     more = [name for name in _names(names) if name not in start.optimizations]
     label = "-".join([*([start.name] if recipe_name or not more else []), *more])
-    _measure(what, (start.plus(label, *more),), notes, found, only=(), **chosen)
+    return start.plus(label, *more), notes
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -261,6 +317,7 @@ def _measure(
     compile_mode: str,
     prompt: str,
     guidance: float | None,
+    keep: Path | None,
     timeout: float,
     root: Path,
     cache_dir: Path | None,
@@ -281,6 +338,7 @@ def _measure(
                 compile_mode=None if compile_mode == "auto" else compile_mode,
                 prompt=None if prompt == "auto" else prompt,
                 guidance_scale=guidance,
+                kept=read_kept(keep) if keep else (),
                 **settings,
             )
             first = rounds if until is None else max(rounds, UNTIL_ROUNDS)

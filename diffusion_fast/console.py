@@ -7,7 +7,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from diffusion_fast.tracking import Recorded
+
+
+MOST_SENSITIVE = 20  # layers that are shown; the file has all of them
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -203,6 +206,23 @@ def tell_profile(run_folder: Path) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(Markdown((run_folder / spool.PROFILE).read_text()))
     click.echo(f"The trace, for chrome://tracing or ui.perfetto.dev: {run_folder / spool.TRACE}")
+
+
+def tell_sensitivity(found: dict[str, Any]) -> None:
+    """The layers that lose most, and what all of them lose together."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("layer", "in", "out", "rows", "error", "", caption_justify="left")
+    for layer in found["layers"][:MOST_SENSITIVE]:
+        kept = "kept" if layer["name"] in found["kept"] else ""
+        numbers = (str(number) for number in (*layer["features"], layer["rows"]))
+        table.add_row(layer["name"], *numbers, f"{layer['error']:.2e}", kept)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    click.echo(
+        f"{len(found['layers']) - len(found['kept'])} of {len(found['layers'])} layers in {found['format']}: a step's "
+        f"error is {found['error']:.2e} (their squares add up to {found['predicted']:.2e})"
+    )
 
 
 def tell_link(recorded: Recorded) -> None:

@@ -94,9 +94,9 @@ def compare(spec: RunSpec, outputs: list[Any], steps: list[Step]) -> dict[str, A
         for who, values in (("the denoiser", output), (f"eager {spec.numbers}", eager)):
             if not values.isfinite().all():
                 raise ValueError(f"{who} gave values that are not finite at step {step['index']}")
-        error.append(_distance(output, reference))
-        floor.append(_distance(eager, reference))
-        to_eager.append(_distance(output, eager))
+        error.append(distance(output, reference))
+        floor.append(distance(eager, reference))
+        to_eager.append(distance(output, eager))
     lossless = all(OPTIMIZATIONS[name].lossless for name in spec.optimizations)
     within = all(each <= max(ALLOWED * least, ROUNDING) for each, least in zip(error, floor, strict=True))
     return {
@@ -108,7 +108,8 @@ def compare(spec: RunSpec, outputs: list[Any], steps: list[Step]) -> dict[str, A
     }
 
 
-def _distance(one: Any, other: Any) -> float:
+def distance(one: Any, other: Any) -> float:
+    """The relative L2 error of `one` as `other`."""
     return float((one.double() - other.double()).norm() / other.double().norm())
 
 

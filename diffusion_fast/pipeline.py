@@ -31,7 +31,21 @@ def build_pipeline(spec: RunSpec, tell: Callable[[str], None]) -> tuple[Build, d
         if optimization.stage != "load":
             tell(f"applying {optimization.name}")
             applied[optimization.name] = optimization.apply(build)
+    _refuse_adapters(build, [each.name for each in chosen if not each.takes_adapters])
     return build, applied
+
+
+def _refuse_adapters(build: Build, names: list[str]) -> None:
+    """Where layers are gone that a LoRA is for, attaching one would leave it out in part, or fail far from here."""
+    if not names:
+        return
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"{' and '.join(names)} can't take an adapter any more: attach it before they are applied.")
+
+    for method in ("load_lora_adapter", "add_adapter"):
+        if hasattr(build.denoiser, method):
+            setattr(build.denoiser, method, refuse)
 
 
 def call(build: Build) -> list[Any]:

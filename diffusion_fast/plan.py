@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from diffusion_fast import world
 from diffusion_fast.models import MODELS
-from diffusion_fast.optimizations import OPTIMIZATIONS, STAGES, compiles
+from diffusion_fast.optimizations import OPTIMIZATIONS, STAGES, compiles, eight_bit_format
 from diffusion_fast.recipes import LADDERS
 from diffusion_fast.spec import REFERENCE, Ladder, Model, Recipe, RunSpec
 
@@ -45,6 +45,7 @@ class Settings:
     guidance_scale: float | None = None
     seed: int = 0
     compile_mode: str | None = None
+    kept: tuple[str, ...] = ()
     accuracy_prompts: int | None = None
     tag: str = ""
     profile: bool = False
@@ -154,6 +155,9 @@ def plan_ladder(
     if model.small_world and world.parse(prompt) is None:
         notes += (f"{model.name} knows only its small world, of scenes like {model.prompt!r}: this prompt isn't one",)
     accuracy_prompts = _accuracy_prompts(model, settings)
+    recipes = tuple(recipes)
+    if settings.kept and not any(eight_bit_format(recipe.optimizations) for recipe in recipes):
+        raise ValueError("--keep is about layers that a recipe for eight bits would quantize, and there is none.")
     now = datetime.now(UTC)
     ladder_id = f"{now:%Y%m%d-%H%M%S}-{model.name}-{name}-{secrets.token_hex(2)}"
 
@@ -175,6 +179,7 @@ def plan_ladder(
             width=settings.width or model.width,
             guidance_scale=model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale,
             seed=settings.seed,
+            kept=settings.kept if eight_bit_format(recipe.optimizations) else (),
             accuracy_prompts=accuracy_prompts,
             tag=settings.tag,
             profile=settings.profile and rung != REFERENCE,

@@ -84,6 +84,7 @@ def parameters(outcome: Outcome) -> dict[str, Any]:
         "guidance_scale": spec.guidance_scale,
         "seed": spec.seed,
         "prompt": spec.prompt,
+        **({"kept_layers": ",".join(spec.kept)} if spec.kept else {}),
     }
 
 

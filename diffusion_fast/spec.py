@@ -107,6 +107,7 @@ class RunSpec(_Json):
     width: int
     guidance_scale: float
     seed: int
+    kept: tuple[str, ...] = ()  # linear layers of the denoiser that optimizations for eight bits leave as they are
     accuracy_prompts: int = 0  # held-out prompts that it paints after the timed calls, for the judge
     tag: str = ""
     profile: bool = False  # after all else, a short call under torch.profiler

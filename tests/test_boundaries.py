@@ -85,10 +85,11 @@ def test_imports_go_one_way() -> None:
     order = [
         f"diffusion_fast.{name}"
         for name in (
-            "spec world models recipes inductor graphs optimizations.registry optimizations.numbers "
-            "optimizations.layers optimizations.quantization optimizations.compilation optimizations.approximation "
-            "optimizations plan spool rows fidelity measure watch environment draw judge accuracy pipeline onestep "
-            "roofline profile worker launch ladder stats check control report view tracking console cli __main__"
+            "spec world models recipes inductor graphs operators eight_bits optimizations.registry "
+            "optimizations.numbers optimizations.layers optimizations.quantization optimizations.compilation "
+            "optimizations.approximation optimizations plan spool rows fidelity measure watch environment draw "
+            "judge accuracy pipeline onestep sensitivity roofline profile worker launch ladder stats check "
+            "control report view tracking console cli __main__"
         ).split()
     ]
     assert {*order, "diffusion_fast"} == set(MODULES)

@@ -79,6 +79,9 @@ def _regions(denoiser: Any) -> list[Any]:
     """The blocks that a denoiser repeats, by diffusers' own account, its residual blocks and sampling layers."""
     blocks = {*(denoiser._repeated_blocks or ()), "ResnetBlock2D", "Downsample2D", "Upsample2D"}
     found = [module for module in denoiser.modules() if type(module).__name__ in blocks]
+    inside = {part for region in found for part in region.modules()}
+    # An eight-bit layer is several kernels unless it is compiled, and some lie between the blocks.
+    found += [each for each in denoiser.modules() if type(each).__name__ == "RowwiseLinear" and each not in inside]
     if not found:
         raise RuntimeError(f"regional_compile: {type(denoiser).__name__} has none of the blocks {sorted(blocks)}")
     return found

@@ -59,7 +59,7 @@ def _is_channels_last(tensor: Any) -> bool:
     return bool(tensor.is_contiguous(memory_format=torch.channels_last))
 
 
-@optimization(stage="fuse", requires=("sdpa",))
+@optimization(stage="fuse", requires=("sdpa",), takes_adapters=False)
 def fused_qkv(build: Build) -> dict[str, Any]:
     """Compute query, key and value by one matmul (key and value in cross-attention); the separate weights are freed.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from diffusion_fast.optimizations.registry import Build, optimization
+from diffusion_fast.optimizations.registry import Build, eight_bit_format, optimization
 
 
 @optimization(
@@ -14,6 +14,7 @@ from diffusion_fast.optimizations.registry import Build, optimization
     min_capability=(8, 0),
     imports=("torchao.quantization",),
     lossless=False,
+    takes_adapters=False,
 )
 def int8_dynamic(build: Build) -> dict[str, Any]:
     """Multiply in int8: weights scaled per channel beforehand, activations per row while it runs.
@@ -49,6 +50,92 @@ def int8_dynamic(build: Build) -> dict[str, Any]:
     if not quantized:
         raise RuntimeError("int8_dynamic: no layer of this model can be multiplied in int8")
     return {"quantized_linears": quantized, "linears": linears, "calibration_s": calibration_s}
+
+
+LEAST_ROWS = {"cuda": 256, "cpu": 17}
+
+
+@optimization(
+    stage="quantize",
+    requires=("bf16", ("compile", "regional_compile")),
+    excludes=("int8_dynamic",),
+    min_capability=(8, 9),
+    imports=("diffusion_fast.eight_bits",),
+    lossless=False,
+    takes_adapters=False,
+    number_format="fp8",
+)
+def fp8_rows(build: Build) -> dict[str, Any]:
+    """Multiply the denoiser's linears in fp8 (e4m3): a scale a row, GEGLU and quantization as one kernel.
+
+    Micikevicius et al. 2022, FP8 formats for deep learning, https://arxiv.org/abs/2209.05433; scales a row as in
+    LLM.int8(), https://arxiv.org/abs/2208.07339
+    """
+    return _eight_bits(build)
+
+
+@optimization(
+    stage="quantize",
+    requires=("bf16", ("compile", "regional_compile")),
+    excludes=("int8_dynamic", "fp8_rows"),
+    min_capability=(9, 0),
+    imports=("diffusion_fast.eight_bits",),
+    lossless=False,
+    takes_adapters=False,
+    number_format="int8",
+)
+def int8_rows(build: Build) -> dict[str, Any]:
+    """Multiply the denoiser's linears in int8: a scale a row, GEGLU and quantization as one kernel.
+
+    The scales of int8_dynamic, by kernels of our own. https://arxiv.org/abs/2208.07339
+    """
+    return _eight_bits(build)
+
+
+def _eight_bits(build: Build) -> dict[str, Any]:
+    """Quantize every linear of the denoiser that has the rows and the features, but for those that the run keeps."""
+    import torch
+
+    from diffusion_fast import eight_bits
+
+    name = eight_bit_format(build.spec.optimizations)
+    start = time.perf_counter()
+    _, candidates = eligible(build)
+    calibration_s = time.perf_counter() - start
+    linears = {each for each, module in build.denoiser.named_modules() if isinstance(module, torch.nn.Linear)}
+    if unknown := set(build.spec.kept) - linears:
+        raise RuntimeError(f"{name}_rows: the denoiser has no linear layer {min(unknown)}, which was to be kept")
+    chosen = {module for each, module in candidates.items() if each not in build.spec.kept}
+    if not chosen:
+        raise RuntimeError(f"{name}_rows: no layer has the rows and the features")
+    fused = eight_bits.quantize(build.denoiser, chosen, eight_bits.FORMATS[name])
+    found = sum(isinstance(module, eight_bits.RowwiseLinear) for module in build.denoiser.modules())
+    if found != len(chosen):
+        raise RuntimeError(f"{name}_rows: {found} layers were quantized, of {len(chosen)} that were chosen")
+    return {
+        "quantized_linears": found,
+        "linears": len(linears),
+        "kept": len(build.spec.kept),
+        "fused_feed_forwards": fused,
+        "calibration_s": calibration_s,
+    }
+
+
+def eligible(build: Build) -> tuple[dict[Any, int], dict[str, Any]]:
+    """The rows of each linear layer, and by name the denoiser's layers that are worth eight bits.
+
+    With few rows, reading the weights takes longer than multiplying, and quantizing the input longer than both.
+    """
+    import torch
+
+    rows = _rows_per_linear(build)
+    return rows, {
+        name: module
+        for name, module in build.denoiser.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and rows.get(module, 0) >= LEAST_ROWS[build.spec.device]
+        and module.in_features % 16 == module.out_features % 16 == 0
+    }
 
 
 def _rows_per_linear(build: Build) -> dict[Any, int]:

@@ -78,6 +78,10 @@ class Optimization:
     imports: tuple[str, ...] = ()  # slow modules it needs, imported (and timed) before the pipeline loads
     modes: tuple[str, ...] = ()  # the only compile modes that it goes with, where anything compiles; none: all
     lossless: bool = True  # False: changes the image by more than rounding
+    takes_adapters: bool = True  # False: layers are gone that a LoRA attached afterwards would have to change
+    number_format: str = (
+        ""  # the eight-bit one of eight_bits.py that it quantizes to, but for the layers that a run keeps
+    )
     same_work: bool = True  # False: leaves out some of the model's operations, so that single steps can't be compared
 
     @property
@@ -107,6 +111,11 @@ def optimization(
 def compiles(names: Iterable[str]) -> bool:
     """Whether a recipe of these names compiles anything."""
     return any(OPTIMIZATIONS[name].stage == "compile" for name in names)
+
+
+def eight_bit_format(names: Iterable[str]) -> str:
+    """The eight-bit format of a recipe of these names, "" where it has none."""
+    return next((OPTIMIZATIONS[name].number_format for name in names if OPTIMIZATIONS[name].number_format), "")
 
 
 def same_work(names: Iterable[str]) -> bool:

@@ -1,0 +1,84 @@
+"""Layers that multiply numbers of eight bits. What quantizes and multiplies is in operators.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import FeedForward
+
+from diffusion_fast import operators
+
+FORMATS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
+
+
+class RowwiseLinear(torch.nn.Module):
+    """A linear layer with a scale for each row of its input, found while it runs, and for each row of its weights.
+
+    Its numbers are buffers, not parameters: there is nothing to train, and a network's dtype stays what it was.
+    """
+
+    weight: torch.Tensor  # (out_features, in_features)
+    weight_scale: torch.Tensor  # (1, out_features)
+    bias: torch.Tensor | None
+
+    def __init__(self, linear: torch.nn.Linear, number_format: torch.dtype) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        weight, scale = operators.quantize_rows(linear.weight.detach(), number_format)
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale.reshape(1, -1))
+        self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (..., in_features) in bf16, fp16 or fp32. Returns (..., out_features) in its dtype."""
+        # Not the kernel: in plain PyTorch Inductor makes it one with what comes before, such as a layer norm.
+        q, scale = operators.quantized_rows(x.float(), self.weight.dtype)
+        return self.multiply(q, scale, x.dtype)
+
+    def multiply(self, q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """An input that is quantized already: q (..., in_features), scale (rows, 1)."""
+        made: torch.Tensor = operators.scaled_matmul(q, self.weight, scale, self.weight_scale, self.bias, dtype)
+        return made
+
+
+class RowwiseFeedForward(torch.nn.Module):
+    """A transformer's feed-forward of two RowwiseLinear, GEGLU and the second one's quantization as one kernel.
+
+    Inductor would read GEGLU's input twice: once for the rows' scales, and again to quantize.
+    """
+
+    def __init__(self, first: RowwiseLinear, second: RowwiseLinear) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden_states: (..., features), as the feed-forward that it stands for."""
+        gated = self.first(hidden_states)
+        q, scale = operators.geglu_quantize_rows(gated, self.second.weight.dtype)
+        return self.second.multiply(q, scale, hidden_states.dtype)
+
+
+def quantize(network: Any, chosen: set[torch.nn.Linear], number_format: torch.dtype) -> int:
+    """Put eight-bit layers in the place of `chosen` linears. Returns how many feed-forwards became one kernel fewer."""
+    for name, module in list(network.named_modules()):
+        if module in chosen:
+            owner, _, attribute = name.rpartition(".")
+            setattr(network.get_submodule(owner), attribute, RowwiseLinear(module, number_format))
+    fused = 0
+    for name, module in list(network.named_modules()):
+        if isinstance(module, FeedForward) and (layers := _both_layers(module)):
+            owner, _, attribute = name.rpartition(".")
+            setattr(network.get_submodule(owner), attribute, RowwiseFeedForward(*layers))
+            fused += 1
+    return fused
+
+
+def _both_layers(feed_forward: FeedForward) -> tuple[RowwiseLinear, RowwiseLinear] | None:
+    """The layers around GEGLU, where both were quantized and nothing else is there."""
+    gate, *others = [layer for layer in feed_forward.net if not isinstance(layer, torch.nn.Dropout)]
+    if not isinstance(gate, GEGLU) or len(others) != 1:
+        return None
+    first, second = gate.proj, others[0]
+    return (first, second) if isinstance(first, RowwiseLinear) and isinstance(second, RowwiseLinear) else None

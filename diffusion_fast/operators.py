@@ -1,0 +1,249 @@
+"""Operations on numbers of eight bits, in plain PyTorch: what they mean, and what runs on a CPU.
+
+Rows (of a linear layer's input) get a scale each, images (of a convolution's input) one each, both computed at run
+time: q = round(x / scale), with scale = max|x| / the format's largest number. A product of such numbers is scaled back
+where it is accumulated, before anything is written.
+
+Each is a custom operator of torch, `diffusion_fast::NAME`, so that torch.compile takes it into a graph as it stands.
+kernels.py has Triton kernels for CUDA.
+
+Rounding is to nearest, ties to even. In fp8 a NaN stays NaN, and infinity makes its whole row NaN. int8 has no such
+number: a NaN becomes some integer.
+"""
+
+# No postponed annotations here: torch reads an operator's schema from them.
+import torch
+import torch.nn.functional as F  # noqa: N812 - its usual name
+
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+
+SMALLEST_SCALE = 2.0**-100  # for what is all zero: 1 / scale has to be a number
+
+Quantized = tuple[torch.Tensor, torch.Tensor]
+
+
+def largest(dtype: torch.dtype) -> float:
+    if dtype not in LARGEST:
+        raise ValueError(f"quantized to {dtype}: it takes {' or '.join(map(str, LARGEST))}")
+    return LARGEST[dtype]
+
+
+def quantized(x: torch.Tensor, amax: torch.Tensor, dtype: torch.dtype) -> Quantized:
+    """x in fp32 by scales that broadcast to it. Multiplied by 1 / scale, as the kernels do, to the last bit."""
+    scale = (amax / largest(dtype)).clamp(min=SMALLEST_SCALE)
+    scaled = x * (1 / scale)
+    if dtype == torch.int8:
+        scaled = scaled.clamp(-127, 127).round()
+    return scaled.to(dtype), scale
+
+
+def quantized_rows(x: torch.Tensor, dtype: torch.dtype) -> Quantized:
+    """x (..., columns) in fp32, each row by a scale of its own (rows, 1)."""
+    q, scale = quantized(x, x.abs().amax(-1, keepdim=True), dtype)
+    return q, scale.reshape(-1, 1)
+
+
+def empty_rows(x: torch.Tensor, columns: int, dtype: torch.dtype) -> Quantized:
+    """Room for the quantized rows of x, and for their scales."""
+    largest(dtype)
+    q = torch.empty((*x.shape[:-1], columns), dtype=dtype, device=x.device)
+    return q, torch.empty((x.shape[:-1].numel(), 1), dtype=torch.float32, device=x.device)
+
+
+def half_of(x: torch.Tensor) -> int:
+    if x.shape[-1] % 2:
+        raise ValueError(f"GEGLU of {x.shape[-1]} columns: an even number is hidden and gate")
+    return x.shape[-1] // 2
+
+
+@torch.library.custom_op("diffusion_fast::quantize_rows", mutates_args=(), device_types="cpu")
+def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row by a scale of its own: x (..., columns) → q of its shape, scale (rows, 1) in fp32.
+
+    x is bf16, fp16 or fp32, `dtype` torch.float8_e4m3fn or torch.int8 (else ValueError). Rows are what comes before
+    the last dimension, flattened. x ≈ q * scale, each number to half a unit in its last place.
+    """
+    return quantized_rows(x.float(), dtype)
+
+
+@torch.library.custom_op("diffusion_fast::geglu_quantize_rows", mutates_args=(), device_types="cpu")
+def geglu_quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden * gelu(gate), quantized by rows: x (..., 2 * columns) → q (..., columns), scale (rows, 1) in fp32.
+
+    x is what GEGLU's projection made, as diffusers lays it out: hidden, then gate. GELU is the exact one, by the error
+    function. Everything is fp32 until it is quantized: eager PyTorch would round GELU and the product to x's dtype on
+    the way, Inductor would not; neither shows beside fp8's 3 bits, and rounding costs instructions.
+    GLU variants: https://arxiv.org/abs/2002.05202
+    """
+    half_of(x)
+    hidden, gate = x.float().chunk(2, -1)
+    return quantized_rows(hidden * F.gelu(gate), dtype)
+
+
+@torch.library.custom_op("diffusion_fast::layer_norm_quantize_rows", mutates_args=(), device_types="cpu")
+def layer_norm_quantize_rows(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Layer norm over the last dimension, quantized by rows: x (..., columns) → q of its shape, scale (rows, 1), fp32.
+
+    weight and bias are (columns,), of any float dtype. Everything is fp32 until it is quantized.
+    """
+    return quantized_rows(F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps), dtype)
+
+
+@quantize_rows.register_fake
+def _(x: torch.Tensor, dtype: torch.dtype) -> Quantized:
+    return empty_rows(x, x.shape[-1], dtype)
+
+
+@geglu_quantize_rows.register_fake
+def _(x: torch.Tensor, dtype: torch.dtype) -> Quantized:
+    return empty_rows(x, half_of(x), dtype)
+
+
+@layer_norm_quantize_rows.register_fake
+def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype) -> Quantized:
+    return empty_rows(x, x.shape[-1], dtype)
+
+
+def check_matmul(q: torch.Tensor, w: torch.Tensor) -> None:
+    if q.dtype != w.dtype or q.dtype not in LARGEST:
+        raise ValueError(f"a product of {q.dtype} and {w.dtype}: both have to be {' or both '.join(map(str, LARGEST))}")
+    if w.ndim != 2 or q.shape[-1] != w.shape[1]:
+        raise ValueError(f"a product of {tuple(q.shape)} by {tuple(w.shape)}: rows of both have to be equally long")
+
+
+@torch.library.custom_op("diffusion_fast::scaled_matmul", mutates_args=(), device_types="cpu")
+def scaled_matmul(
+    q: torch.Tensor,
+    w: torch.Tensor,
+    scale_q: torch.Tensor,
+    scale_w: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """A linear layer of quantized rows and weights: q (..., in), w (out, in) → (..., out) in `out_dtype`.
+
+    q and w are both torch.float8_e4m3fn or both torch.int8 (else ValueError), w by rows as torch.nn.Linear has it;
+    scale_q (rows, 1) and scale_w (1, out) in fp32, bias (out,) or None. What is accumulated (int32, exact; for fp8
+    fp32) is scaled before it is written: (q @ w.T) * scale_q * scale_w + bias. On a GPU `in` is a multiple of 16, the
+    number of rows any.
+    """
+    check_matmul(q, w)
+    wide = torch.float64 if q.dtype == torch.int8 else torch.float32  # exact for integers, and faster than int32
+    product = (q.reshape(-1, q.shape[-1]).to(wide) @ w.to(wide).t()).float() * scale_q * scale_w
+    if bias is not None:
+        product += bias.float()
+    return product.to(out_dtype).reshape(*q.shape[:-1], len(w))
+
+
+@scaled_matmul.register_fake
+def _(
+    q: torch.Tensor,
+    w: torch.Tensor,
+    scale_q: torch.Tensor,
+    scale_w: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    check_matmul(q, w)
+    return torch.empty((*q.shape[:-1], w.shape[0]), dtype=out_dtype, device=q.device)
+
+
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def empty_images(x: torch.Tensor, dtype: torch.dtype) -> Quantized:
+    largest(dtype)
+    q = torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    return q, torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+
+
+@torch.library.custom_op("diffusion_fast::quantize_image", mutates_args=(), device_types="cpu")
+def quantize_image(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each image by a scale of its own: x (images, channels, height, width) → q of its shape, scale (images,), fp32.
+
+    x is bf16, fp16 or fp32 and best in torch.channels_last, which q always is (else it is copied first); `dtype` is
+    torch.float8_e4m3fn or torch.int8 (else ValueError).
+    """
+    made, scale = quantized(x.float(), x.float().abs().amax((1, 2, 3), keepdim=True), dtype)
+    q, _ = empty_images(x, dtype)
+    return q.copy_(made), scale.flatten()
+
+
+@quantize_image.register_fake
+def _(x: torch.Tensor, dtype: torch.dtype) -> Quantized:
+    return empty_images(x, dtype)
+
+
+def quantize_filters(w: torch.Tensor, dtype: torch.dtype) -> Quantized:
+    """A convolution's weights, each output channel by a scale of its own, as `convolution_nhwc` takes them.
+
+    w (out, in, height, width) → q of its shape in torch.channels_last, scale (out,) in fp32. Done once, beforehand.
+    """
+    filters = channels_last(w).permute(0, 2, 3, 1)
+    q, scale = quantize_rows(filters.reshape(len(w), -1), dtype)
+    return q.reshape(filters.shape).permute(0, 3, 1, 2), scale.flatten()
+
+
+CONVOLVED = (torch.int8, torch.float8_e4m3fn, torch.bfloat16, torch.float16)
+
+
+def convolved_shape(x: torch.Tensor, w: torch.Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:
+    if x.dtype != w.dtype or x.dtype not in CONVOLVED:
+        raise ValueError(
+            f"a convolution of {x.dtype} by {w.dtype}: both have to be one of {', '.join(map(str, CONVOLVED))}"
+        )
+    if x.shape[1] != w.shape[1]:
+        raise ValueError(f"a convolution of {x.shape[1]} channels by weights for {w.shape[1]}: groups are not known")
+    height, width = ((x.shape[i] + 2 * padding - w.shape[i]) // stride + 1 for i in (2, 3))
+    return x.shape[0], w.shape[0], height, width
+
+
+@torch.library.custom_op("diffusion_fast::convolution_nhwc", mutates_args=(), device_types="cpu")
+def convolution_nhwc(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor | None,
+    scale_w: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stride: int,
+    padding: int,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """A 2D convolution: x (images, in, height, width), w (out, in, kernel height, kernel width) → (images, out, ...).
+
+    x and w are both torch.float8_e4m3fn, torch.int8, bf16 or fp16 (else ValueError), x as `quantize_image` makes it;
+    scale (images,) and scale_w (out,) in fp32, both None for what isn't quantized. bias is (out,) or None, residual of
+    the result's shape or None, and added at the end. Everything is best in torch.channels_last, which the result is.
+    What is accumulated (int32, exact; else fp32) is scaled before it is written. On a GPU `in` fills a multiple of 16
+    bytes; a stride beyond 1 divides height and width, and wants `in` to fill a multiple of 64 bytes.
+    """
+    shape = convolved_shape(x, w, stride, padding)
+    wide = torch.float64 if x.dtype == torch.int8 else torch.float32
+    made = F.conv2d(x.to(wide), w.to(wide), stride=stride, padding=padding).float()
+    if scale is not None and scale_w is not None:
+        made *= scale[:, None, None, None] * scale_w[:, None, None]
+    if bias is not None:
+        made += bias.float()[:, None, None]
+    if residual is not None:
+        made += residual
+    return torch.empty(shape, dtype=out_dtype, device=x.device, memory_format=torch.channels_last).copy_(made)
+
+
+@convolution_nhwc.register_fake
+def _(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor | None,
+    scale_w: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stride: int,
+    padding: int,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    shape = convolved_shape(x, w, stride, padding)
+    return torch.empty(shape, dtype=out_dtype, device=x.device, memory_format=torch.channels_last)

@@ -1,0 +1,134 @@
+"""Which linear layers lose most in eight bits: each one alone, and then all but those that are kept.
+
+    python -m diffusion_fast.sensitivity FOLDER
+
+reads FOLDER/spec.json, whose recipe names an optimization for eight bits, and writes FOLDER/sensitivity.json. Errors
+are of single denoising steps from the same latents, relative to the same pipeline before it is quantized.
+"""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from diffusion_fast import spool
+from diffusion_fast.optimizations import OPTIMIZATIONS, Build, eight_bit_format
+from diffusion_fast.spec import RunSpec
+
+FILE = "sensitivity.json"
+STEPS_SEEN = 3  # of those that onestep records: the first, the middle and the last
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer, and the relative L2 error of a step where it alone is quantized, the largest of STEPS_SEEN."""
+
+    name: str
+    features: tuple[int, int]  # in, out
+    rows: int
+    error: float
+
+
+def choose(layers: Sequence[Layer], target: float | None) -> list[str]:
+    """The layers to keep so that the others' errors come to `target`, the largest first; without a target none.
+
+    Errors of different layers are taken to be independent, so that their squares add up.
+    """
+    if target is None:
+        return []
+    left = math.fsum(layer.error**2 for layer in layers)
+    kept: list[str] = []
+    for layer in sorted(layers, key=lambda each: -each.error):
+        if left <= target**2:
+            break
+        kept.append(layer.name)
+        left -= layer.error**2
+    return kept
+
+
+def measure(spec: RunSpec, target: float | None, tell: Any) -> dict[str, Any]:
+    """The whole pass. `tell` is called with what is being done. Returns what sensitivity.json holds."""
+    import torch
+
+    from diffusion_fast import eight_bits, onestep
+    from diffusion_fast.optimizations.quantization import eligible
+    from diffusion_fast.pipeline import build_pipeline
+
+    name_of_format = eight_bit_format(spec.optimizations)
+    number_format = eight_bits.FORMATS[name_of_format]
+    # In eager mode: a layer more or less would be compiled anew each time.
+    plain = tuple(name for name in spec.optimizations if OPTIMIZATIONS[name].stage not in LATER)
+    torch.set_grad_enabled(False)
+    build, _ = build_pipeline(replace(spec, optimizations=plain), tell)
+    tell("recording single steps")
+    steps = onestep.record(build)
+    steps = [steps[index] for index in sorted({0, len(steps) // 2, len(steps) - 1})][:STEPS_SEEN]
+    before = onestep.replay(build, steps)
+
+    def error() -> float:
+        after = onestep.replay(build, steps)
+        return max(onestep.distance(one, other) for one, other in zip(after, before, strict=True))
+
+    rows, chosen = eligible(build)
+    layers = []
+    for number, (name, linear) in enumerate(chosen.items()):
+        tell(f"layer {number + 1} of {len(chosen)}: {name}")
+        owner, attribute = _place(build, name)
+        setattr(owner, attribute, eight_bits.RowwiseLinear(linear, number_format))
+        layers.append(Layer(name, (linear.in_features, linear.out_features), rows[linear], error()))
+        setattr(owner, attribute, linear)
+    kept = choose(layers, target)
+    tell(f"all but {len(kept)}")
+    eight_bits.quantize(
+        build.denoiser, {chosen[layer.name] for layer in layers if layer.name not in kept}, number_format
+    )
+    return {
+        "format": name_of_format,
+        "target": target,
+        "kept": kept,
+        "predicted": math.sqrt(math.fsum(layer.error**2 for layer in layers if layer.name not in kept)),
+        "error": error(),
+        "layers": [vars(layer) for layer in sorted(layers, key=lambda each: -each.error)],
+    }
+
+
+LATER = ("quantize", "inductor", "compile", "approximate", "capture")
+
+
+def _place(build: Build, name: str) -> tuple[Any, str]:
+    """The module that holds a layer, and the attribute that it is."""
+    owner, _, attribute = name.rpartition(".")
+    return build.denoiser.get_submodule(owner), attribute
+
+
+def read_kept(path: Path) -> tuple[str, ...]:
+    """The layers that an earlier pass decided to keep. Raises ValueError where the file isn't one of its."""
+    try:
+        return tuple(spool.read_json(path)["kept"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} isn't what `diffusion-fast sensitivity` writes: {error!r}.") from error
+
+
+def launch(spec: RunSpec, target: float | None, folder: Path) -> bool:
+    """Run the pass in a process of its own; what libraries say goes to FOLDER/log.txt. Returns whether it succeeded."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE).unlink(missing_ok=True)
+    spool.write_json(folder / spool.SPEC, {"spec": spec.to_dict(), "target": target})
+    with (folder / spool.LOG).open("w") as log:
+        command = (sys.executable, "-m", "diffusion_fast.sensitivity", str(folder))
+        return subprocess.run(command, stdin=subprocess.DEVNULL, stderr=log, check=False).returncode == 0
+
+
+def main(folder: Path) -> None:
+    data = spool.read_json(folder / spool.SPEC)
+    found = measure(RunSpec.from_dict(data["spec"]), data["target"], lambda stage: print(f"  {stage}", flush=True))
+    spool.write_json(folder / FILE, found)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

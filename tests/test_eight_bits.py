@@ -1,0 +1,209 @@
+"""Layers of eight bits against exact ones, their place in a network, and the pass that says which lose most."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from diffusers.models.attention import FeedForward
+from peft import LoraConfig
+
+from diffusion_fast import plan, sensitivity
+from diffusion_fast.cli import main
+from diffusion_fast.eight_bits import FORMATS, RowwiseFeedForward, RowwiseLinear, quantize
+from diffusion_fast.models import MODELS
+from diffusion_fast.pipeline import call
+from diffusion_fast.sensitivity import Layer, choose
+from diffusion_fast.spec import Recipe
+from tests.conftest import CPU, H100, planned
+from tests.test_optimizations import build
+
+# Half a unit in the last place, relative to the number (fp8, 3 bits of mantissa) or to the row's largest (int8).
+HALF_A_UNIT = {"fp8": 2.0**-4, "int8": 0.5 / 127}
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_layers_error_is_that_of_its_numbers(name: str) -> None:
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(48, 32)
+    x = torch.randn(2, 5, 48) * torch.tensor([1.0, 30.0, 1e-3, 1.0, 0.0])[:, None]  # a scale a row, none of them lost
+    exact = torch.nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double())
+    found = RowwiseLinear(linear, FORMATS[name])(x)
+    # Each product of two numbers, each off by half a unit at most; in int8 a unit is the row's, in fp8 the number's.
+    unit = HALF_A_UNIT[name]
+    if name == "fp8":
+        smallest = 2.0**-10 / 448  # half of the smallest number's distance, of the row's largest
+        sizes = x.abs() @ linear.weight.abs().t()
+    else:
+        smallest = 0.0
+        sizes = (x.abs().amax(-1, keepdim=True) + x.abs()) @ (
+            linear.weight.abs().amax(-1, keepdim=True) + linear.weight.abs()
+        ).t()
+    bound = sizes * (2 * unit + unit**2) + 48 * smallest * x.abs().amax(-1, keepdim=True)
+    assert ((found - exact).abs() <= bound + 1e-6).all()
+    assert (found - exact).norm() / exact.norm() > 1e-4  # it was quantized
+    assert found[:, 4].equal(linear.bias.expand(2, -1))
+
+
+def test_eight_bits_are_no_parameters_and_keep_the_input_dtype() -> None:
+    layer = RowwiseLinear(torch.nn.Linear(32, 16, bias=False).to(torch.bfloat16), FORMATS["fp8"])
+    assert not list(layer.parameters())
+    assert {name: buffer.dtype for name, buffer in layer.named_buffers()} == {
+        "weight": torch.float8_e4m3fn,
+        "weight_scale": torch.float32,
+    }
+    assert layer(torch.ones(3, 32, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_feed_forward_is_what_its_layers_are_one_by_one(name: str) -> None:
+    torch.manual_seed(0)
+    whole = torch.nn.Module()
+    whole.ff = FeedForward(32, activation_fn="geglu").eval()
+    linears = [whole.ff.net[0].proj, whole.ff.net[2]]
+    x = torch.randn(2, 7, 32)
+    exact = whole.ff(x)
+    first, second = (RowwiseLinear(each, FORMATS[name]) for each in linears)
+    hidden, gate = first(x).chunk(2, -1)
+    one_by_one = second(hidden * torch.nn.functional.gelu(gate))
+    assert quantize(whole, set(linears), FORMATS[name]) == 1
+    assert isinstance(whole.ff, RowwiseFeedForward)
+    torch.testing.assert_close(whole.ff(x), one_by_one, rtol=1e-5, atol=1e-5)
+    assert 0 < (whole.ff(x) - exact).norm() / exact.norm() < 0.1
+
+
+def test_where_one_layer_is_kept_the_feed_forward_stays_as_it_is() -> None:
+    whole = torch.nn.Module()
+    whole.ff = FeedForward(32, activation_fn="geglu")
+    assert quantize(whole, {whole.ff.net[2]}, FORMATS["int8"]) == 0
+    assert isinstance(whole.ff, FeedForward)
+    assert isinstance(whole.ff.net[2], RowwiseLinear)
+    other = torch.nn.Module()
+    other.ff = FeedForward(32, activation_fn="gelu")
+    assert quantize(other, {other.ff.net[0].proj, other.ff.net[2]}, FORMATS["int8"]) == 0
+
+
+def eight_bit(name: str, monkeypatch: pytest.MonkeyPatch, *more: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
+    """The bundled model in bf16 and eight bits, compiled by nobody."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    return build("bf16", "sdpa", "regional_compile", name, *more, **changes)
+
+
+@pytest.mark.parametrize("name", ["fp8_rows", "int8_rows"])
+def test_every_layer_with_the_rows_is_quantized_and_the_picture_stays(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, applied = eight_bit(name, monkeypatch, "fused_qkv")
+    layers = [module for module in made.denoiser.modules() if isinstance(module, RowwiseLinear)]
+    left = [each for each, module in made.denoiser.named_modules() if isinstance(module, torch.nn.Linear)]
+    # Embeddings of the time step have two rows under guidance, and text is read from 77 × 2 of them.
+    assert all("time_emb" in each or "add_embedding" in each for each in left), left
+    assert applied[name]["quantized_linears"] == len(layers) > 20
+    assert applied[name]["fused_feed_forwards"] == 5
+    assert {layer.weight.dtype for layer in layers} == {FORMATS[name.removesuffix("_rows")]}
+    exact = torch.tensor(list(call(build("bf16", "sdpa")[0])[0].tobytes())).float()
+    found = torch.tensor(list(call(made)[0].tobytes())).float()
+    assert 0 < (found - exact).norm() / exact.norm() < 0.1
+
+
+def test_layers_that_are_kept_stay_and_unknown_ones_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = "mid_block.attentions.0.proj_in"
+    made, applied = eight_bit("fp8_rows", monkeypatch, kept=(kept,))
+    assert type(made.denoiser.get_submodule(kept)) is torch.nn.Linear
+    assert applied["fp8_rows"]["kept"] == 1
+    with pytest.raises(RuntimeError, match="the denoiser has no linear layer nowhere, which was to be kept"):
+        eight_bit("fp8_rows", monkeypatch, kept=("nowhere",))
+
+
+@pytest.mark.parametrize("names", [("bf16", "sdpa", "fused_qkv"), ("bf16", "regional_compile", "int8_rows")])
+def test_an_adapter_that_would_be_ignored_is_refused(names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    made, _ = build(*names)
+    with pytest.raises(RuntimeError, match=f"{names[-1]} can't take an adapter any more"):
+        made.denoiser.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
+    with pytest.raises(RuntimeError, match="attach it before"):
+        made.denoiser.load_lora_adapter({})
+
+
+def test_fp8_is_refused_by_name_where_the_gpu_has_none() -> None:
+    a100 = plan.Device("cuda", "NVIDIA A100", (8, 0))
+    with pytest.raises(ValueError, match=r"fp8_rows needs compute capability 8.9, and NVIDIA A100 has 8.0"):
+        plan.plan_recipe(MODELS["sdxl"], Recipe("mine", ("bf16", "regional_compile", "fp8_rows")), a100)
+    assert plan.plan_recipe(MODELS["sdxl"], Recipe("mine", ("bf16", "regional_compile", "fp8_rows")), H100)
+
+
+def test_the_largest_errors_are_kept_till_the_target_is_met() -> None:
+    layers = [Layer(name, (16, 16), 64, error) for name, error in (("a", 0.03), ("b", 0.04), ("c", 0.12), ("d", 0.0))]
+    assert choose(layers, None) == []
+    assert choose(layers, 0.14) == []  # all together: 0.13
+    assert choose(layers, 0.05) == ["c"]  # and 3, 4, 5
+    assert choose(layers, 0.049) == ["c", "b"]
+    assert set(choose(layers, 1e-9)) == {"a", "b", "c"}
+
+
+def test_the_pass_finds_the_layer_that_loses_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One layer is made worse than all others: its rows get an outlier that its weights undo."""
+    names = ("bf16", "sdpa", "regional_compile", "int8_rows")
+    spec = replace(planned(steps=3).rungs[0], optimizations=plan.plan_recipe(MODELS["tiny"], Recipe("m", names), CPU))
+    victim = "mid_block.attentions.0.proj_in"
+
+    def with_an_outlier(*args: Any) -> Any:
+        made, applied = build_pipeline(*args)
+        transformer = made.denoiser.mid_block.attentions[0]
+        transformer.norm.weight[0] *= 2000
+        transformer.norm.bias[0] *= 2000
+        transformer.proj_in.weight[:, 0] /= 2000
+        return made, applied
+
+    from diffusion_fast.pipeline import build_pipeline
+
+    monkeypatch.setattr("diffusion_fast.pipeline.build_pipeline", with_an_outlier)
+    found = sensitivity.measure(spec, 0.015, lambda stage: None)
+    assert found["layers"][0]["name"] == victim
+    assert found["layers"][0]["error"] > 1.5 * found["layers"][1]["error"]
+    assert found["kept"][0] == victim
+    assert found["predicted"] <= 0.015
+    assert found["error"] < found["layers"][0]["error"]
+    assert found["error"] == pytest.approx(found["predicted"], rel=1.0)
+
+
+def test_the_command_writes_what_keep_reads(tmp_path: Path) -> None:
+    options = ("--with", "bf16,sdpa,regional_compile,fp8_rows", "--target", "1%", "--output", str(tmp_path / "out"))
+    done = CliRunner().invoke(main, ("sensitivity", "--device", "cpu", *options))
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "out" / "sensitivity.json").read_text())
+    assert f"{len(found['layers']) - len(found['kept'])} of {len(found['layers'])} layers in fp8" in done.output
+    assert sensitivity.read_kept(tmp_path / "out" / "sensitivity.json") == tuple(found["kept"])
+    assert found["kept"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("sensitivity", "--with", "bf16"), "sensitivity is about a recipe for eight bits"),
+        (("run", "--with", "bf16", "--keep", "{good}"), "--keep is about layers that a recipe for eight bits would"),
+        (("run", "--with", "bf16", "--keep", "{bad}"), "isn't what `diffusion-fast sensitivity` writes"),
+    ],
+)
+def test_wrong_input_is_one_sentence(tmp_path: Path, arguments: tuple[str, ...], sentence: str) -> None:
+    (tmp_path / "good.json").write_text('{"kept": ["a.layer"]}')
+    (tmp_path / "bad.json").write_text("[]")
+    files = {"good": tmp_path / "good.json", "bad": tmp_path / "bad.json"}
+    chosen = [argument.format(**files) for argument in arguments]
+    done = CliRunner().invoke(main, [*chosen, "--device", "cpu"])
+    assert done.exit_code == 2
+    assert sentence in done.output
