@@ -17,14 +17,14 @@ from typing import Any
 
 import click
 
-from diffusion_fast import console, plan, spool
+from diffusion_fast import console, plan, spool, sweep
 from diffusion_fast import ladder as climbing
 from diffusion_fast.console import fail
 from diffusion_fast.models import MODELS, WeightsUnreachableError, check_weights
 from diffusion_fast.optimizations import OPTIMIZATIONS, eight_bit_format
 from diffusion_fast.recipes import LADDERS
 from diffusion_fast.sensitivity import read_kept
-from diffusion_fast.spec import Recipe
+from diffusion_fast.spec import SWEEP, Recipe
 
 UNTIL_ROUNDS = 5  # planned by --until at least: of fewer, the spread is so ill known that many would be added
 
@@ -84,18 +84,9 @@ measuring = options(
     click.option("--compile-mode", default="auto", help="auto: max-autotune on a GPU, default on a CPU."),
     click.option("--prompt", default="auto", help="auto: the model's own, see `diffusion-fast list --json`."),
     click.option("--steps", type=Auto(click.INT), default="auto", help="Denoising steps."),
-    click.option("--batch-size", type=int, default=1, show_default=True, help="Images a call."),
-    click.option("--height", type=Auto(click.INT), default="auto", help="Pixels."),
-    click.option("--width", type=Auto(click.INT), default="auto", help="Pixels."),
     click.option("--guidance", type=Auto(click.FLOAT), default="auto", help="Guidance scale."),
     click.option(
         "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the latents' noise."
-    ),
-    click.option(
-        "--accuracy-prompts",
-        type=Auto(click.INT),
-        default="auto",
-        help="Held-out prompts that tiny paints for the judge. [default: 8]",
     ),
     click.option(
         "--rounds",
@@ -143,6 +134,17 @@ measuring = options(
         help="Go on with the newest such ladder: only what is missing.",
     ),
     click.option("--no-track", is_flag=True, help="Measure into the spool alone; `sync` records it later."),
+)
+one_shape = options(
+    click.option("--batch-size", type=int, default=1, show_default=True, help="Images a call."),
+    click.option("--height", type=Auto(click.INT), default="auto", help="Pixels."),
+    click.option("--width", type=Auto(click.INT), default="auto", help="Pixels."),
+    click.option(
+        "--accuracy-prompts",
+        type=Auto(click.INT),
+        default="auto",
+        help="Held-out prompts that tiny paints for the judge. [default: 8]",
+    ),
 )
 one_recipe = options(
     click.option("--with", "names", default="", metavar="NAME,NAME", help="Optimizations; their order has no meaning."),
@@ -211,6 +213,7 @@ def list_(as_json: bool) -> None:
     help="Add rounds till the 95% intervals of speed-ups reach no further; at least 5.",
 )
 @click.option("--max-rounds", type=click.IntRange(1, 1000), default=20, show_default=True, help="The most for --until.")
+@one_shape
 @measuring
 @tracked
 def ladder(name: str, only: str, device: str, **chosen: Any) -> None:
@@ -223,6 +226,7 @@ def ladder(name: str, only: str, device: str, **chosen: Any) -> None:
 
 @main.command()
 @one_recipe
+@one_shape
 @measuring
 @tracked
 def run(**chosen: Any) -> None:
@@ -232,6 +236,7 @@ def run(**chosen: Any) -> None:
 
 @main.command()
 @one_recipe
+@one_shape
 @measuring
 @tracked
 def profile(**chosen: Any) -> None:
@@ -271,13 +276,32 @@ def sensitivity(
         if not eight_bit_format(recipe.optimizations):
             raise ValueError("sensitivity is about a recipe for eight bits: add fp8_rows or int8_rows by --with.")
         try:
-            check_weights(chosen, planned.reference.weights, plan.hub_parts(planned, chosen))
+            check_weights(chosen, planned.rungs[0].weights, plan.hub_parts(planned, chosen))
         except WeightsUnreachableError as error:
             fail(str(error), 1)
     if not pass_.launch(planned.rungs[0], target, output):
         fail(f"the pass has failed; {output / spool.LOG} says why.", 1)
     console.tell_sensitivity(spool.read_json(output / pass_.FILE))
     click.echo(output / pass_.FILE)
+
+
+@main.command("sweep")
+@one_recipe
+@click.option("--batch-sizes", default="1,2,4,8,16", show_default=True, metavar="N,N", help="Images a call.")
+@click.option(
+    "--sizes",
+    default="auto",
+    metavar="PIXELS,PIXELS",
+    help="Of square images. [default: 1/2, 3/4, 1 and 3/2 of the model's own]",
+)
+@measuring
+@tracked
+def sweep_(**chosen: Any) -> None:
+    """Measure how one recipe grows: every batch size at every resolution, a fresh process each.
+
+    Nothing is said of fidelity or of speed-ups: no two shapes do the same work. All share one compile cache.
+    """
+    _measure_one(SWEEP, **chosen)
 
 
 def _measure_one(what: str, *, names: str, recipe_name: str, ladder_name: str, device: str, **chosen: Any) -> None:
@@ -329,6 +353,8 @@ def _measure(
     tracking_uri: str | None,
     until: float | None = None,
     max_rounds: int = 1,
+    batch_sizes: str = "",
+    sizes: str = "",
     **settings: Any,
 ) -> None:
     with ExitStack() as held:
@@ -346,6 +372,8 @@ def _measure(
                 raise ValueError(f"--until plans {first} rounds, and --max-rounds {max_rounds} is less.")
             found = plan.find_model(model)
             planned = plan.plan_ladder(name, recipes, found, device, chosen, notes)
+            if name == SWEEP:
+                planned = sweep.plan_points(planned, found, batch_sizes, sizes)
             named = {climbing.resolve(planned, each) for each in only}
             if until is not None and named and planned.rungs[0].rung not in named:
                 raise ValueError(
@@ -354,7 +382,7 @@ def _measure(
             if exclusive:
                 plan.refuse_company(device)
             try:
-                check_weights(found, planned.reference.weights, plan.hub_parts(planned, found))
+                check_weights(found, planned.rungs[0].weights, plan.hub_parts(planned, found))
             except WeightsUnreachableError as error:
                 fail(str(error), 1)
             if not no_track and importlib.util.find_spec("mlflow") is None:
@@ -365,6 +393,8 @@ def _measure(
             except OSError as error:
                 raise ValueError(f"--spool {root} can't be written to: {error}.") from error
             held.enter_context(spool.alone(folder))
+        if name == SWEEP:  # shapes have kernels in common; no first call is compared with another here
+            cache_dir = cache_dir or spool.shared_cache_folder(folder)
         recorder = None if no_track else console.Recorder(folder, experiment, tracking_uri)
         console.climb(folder, only, timeout, cache_dir, recorder, console.Rounds(first, until, max_rounds))
 
@@ -407,8 +437,8 @@ def report(
                 fail(f"MLflow could not be read: {error}", 1)
             frame, notes = reporting.one_ladder(runs, ladder_id, across), ()
             floors = reporting.floors_of(runs)
-        if clauses := reporting.refused(frame):
-            raise ValueError(f"{'; '.join(clauses)}: --across makes ratios of them nevertheless.")
+        if not across and (clauses := reporting.refused(frame)):
+            raise ValueError(f"{'; '.join(clauses)}: --across compares them nevertheless.")
     floor = reporting.noise_floor(frame, floors)
     console.show(frame, floor)
     for path in reporting.write(frame, output, (*notes, *filter(None, [floor]))):

@@ -28,8 +28,9 @@ def climb(
     found: list[Outcome] = []
     failed: set[str] = set()
     specs = list(todo)
-    if specs and not spool.has_reference(folder):
-        specs.insert(0, spool.read_ladder(folder).reference)
+    reference = spool.read_ladder(folder).reference
+    if specs and reference is not None and not spool.has_reference(folder):
+        specs.insert(0, reference)
     for spec in specs:
         if spec.rung in failed:
             continue

@@ -164,6 +164,7 @@ def plan_ladder(
     def spec(rung: str, recipe: Recipe) -> RunSpec:
         return RunSpec(
             ladder_id=ladder_id,
+            ladder=name,
             rung=rung,
             role="reference" if rung == REFERENCE else "rung",
             model=model.name,

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffusion_fast import check, control, rows, spool, stats
+from diffusion_fast import check, control, rows, spool, stats, sweep
 from diffusion_fast.recipes import AA, LADDERS
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ COSTS = (
     ("psnr_eager_db", "PSNR to eager", "{:.1f}"),
     ("clip_score", "CLIP", "{:.1f}"),
 )
+NAMES = ("rung", "height", "batch_size")  # of a row, also of one that failed: the first columns of a table
 MILLISECONDS = ("denoising_step_s", "vae_decode_s")
 WORST = ("others_cpu_share", "recompilations", "cuda_graph_captures", "gpu_processes")  # of the rounds, not the median
 NO_DIFFERENCE = "no difference seen"
@@ -172,8 +173,10 @@ def planned_rounds(frame: pd.DataFrame) -> dict[str, int]:
 def noise_floor(frame: pd.DataFrame, others: Iterable[pd.DataFrame]) -> str:
     """What this machine's noise is, by the newest of `others`, measurements of ladders `aa` of several rounds.
 
-    Empty where none of them has the machine, versions and settings of the table.
+    Empty where none of them has the machine, versions and settings of the table, and for a sweep, which has many.
     """
+    if _is_sweep(frame):
+        return ""
     here = records(frame)[0]
     said = ""
     for other in others:
@@ -225,11 +228,17 @@ def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in row.items() if pd.notna(value)} for row in frame.to_dict("records")]
 
 
+def _is_sweep(frame: pd.DataFrame) -> bool:
+    return sweep.is_sweep(records(frame))
+
+
 Columns = Sequence[tuple[str, str, str]]
 
 
 def tables(frame: pd.DataFrame) -> list[Columns]:
-    """The columns that the tables of these rungs have: of speed, and of costs where any are known."""
+    """The columns that the tables of these rungs have: of speed, and of costs where any are known. A sweep has one."""
+    if _is_sweep(frame):
+        return [sweep.columns(records(frame))]
 
     def known(name: str) -> bool:
         return name in frame and bool(frame[name].notna().any())
@@ -242,7 +251,9 @@ def tables(frame: pd.DataFrame) -> list[Columns]:
 def cells(row: dict[str, Any], columns: Columns) -> list[str]:
     """A row as the table shows it."""
     if row["status"] == "FAILED":
-        return [row["rung"], f"{row['reason']}: {row['error'].splitlines()[0][:100]}", *[""] * (len(columns) - 2)]
+        names = [form.format(row[column]) for column, _, form in columns if column in NAMES]
+        reason = f"{row['reason']}: {row['error'].splitlines()[0][:100]}"
+        return [*names, reason, *[""] * (len(columns) - len(names) - 1)]
     texts = []
     for column, _, form in columns:
         value = row.get(column)
@@ -278,13 +289,15 @@ def table(frame: pd.DataFrame, columns: Columns, caption: str = "") -> Table:
 
 def figures(frame: pd.DataFrame) -> dict[str, float]:
     """What all rounds say of each rung: "speedup/03-compile" and so on."""
-    names = ("latency_median_s", "speedup", "speedup_low", "speedup_high")
+    names = ("latency_median_s", "images_per_s", "speedup", "speedup_low", "speedup_high")
     return {f"{name}/{row['rung']}": row[name] for name in names for row in records(frame) if name in row}
 
 
 def caption(frame: pd.DataFrame) -> str:
     """What all rungs of the table share, in one line."""
     first = frame.iloc[0]
+    if _is_sweep(frame):
+        return sweep.caption(records(frame)[0])
     return (
         f"{first['model']} ({first['weights']} weights), {first['height']}×{first['width']}, {first['steps']} steps, "
         f"batch {first['batch_size']}, {first['device_name'] or first['device']}; "
@@ -303,7 +316,8 @@ def _intervals(frame: pd.DataFrame) -> str:
 
 def warnings(frame: pd.DataFrame) -> list[str]:
     """What a reader of the table must know of single rungs."""
-    found = [f"no speed-up: {clause}" for clause in refused(frame)]
+    lacking = "not to be compared" if _is_sweep(frame) else "no speed-up"
+    found = [f"{lacking}: {clause}" for clause in refused(frame)]
     for row in records(frame):
         if failed := row.get("failed_rounds"):
             found.append(f"{row['rung']} failed in {failed:g} of its {failed + row['rounds']:g} rounds")
@@ -331,8 +345,11 @@ def _markdown_table(frame: pd.DataFrame, columns: Columns) -> str:
 def plot(frame: pd.DataFrame, path: Path) -> None:
     """One bar a rung with its seconds above it, as diffusion-fast draws them; a line spans p10 to p90.
 
-    A rung that failed keeps its place, with its reason.
+    A rung that failed keeps its place, with its reason. A sweep has lines instead, see sweep.py.
     """
+    if _is_sweep(frame):
+        sweep.plot(records(frame), path)
+        return
     import matplotlib
 
     matplotlib.use("Agg")

@@ -17,7 +17,7 @@ from diffusion_fast.optimizations import Build
 
 KINDS = ("linear", "convolution", "attention")
 # Batched matmuls are attention's alone, and the rest of what is counted are its fused kernels.
-KIND_OF = {"aten.mm": "linear", "aten.addmm": "linear", "aten.convolution": "convolution"}
+KIND_OF = {"aten.mm": "linear", "aten.addmm": "linear", "aten._int_mm": "linear", "aten.convolution": "convolution"}
 PARTS = ("text_encoding", "denoising_step", "vae_decode")
 MATRIX = {"cuda": 8192, "cpu": 1024}  # rows of the square matrices: large enough to fill the device
 COPIED = {"cuda": GIB, "cpu": GIB // 4}  # bytes: more than any cache holds
@@ -27,10 +27,12 @@ REPEATS = 10
 def count_flops(build: Build) -> dict[str, dict[str, float]]:
     """Floating-point operations of a call's parts, by PARTS and, in each, by KINDS.
 
-    A multiplication and an addition are two. Counted while the eager pipeline makes one step, by
-    torch.utils.flop_counter, which can't look into a compiled graph.
+    A multiplication and an addition are two. Counted while the pipeline makes one step for one image, by
+    torch.utils.flop_counter, which can't look into a compiled graph: what is compiled runs eagerly meanwhile, with less
+    memory for one image than for all. The prompt is encoded once a call, the rest is done for each image.
     """
-    from torch.utils.flop_counter import FlopCounterMode
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
     from diffusion_fast.pipeline import call
 
@@ -39,14 +41,23 @@ def count_flops(build: Build) -> dict[str, dict[str, float]]:
         return float(sum(count for name, count in counts.items() if KIND_OF.get(str(name), "attention") == kind))
 
     pipe = build.pipe
-    with FlopCounterMode(display=False) as counter, ExitStack() as stack:
+    unknown_to_torch = {  # by the shapes of their arguments
+        torch.ops.aten._int_mm: lambda one, other, **_: 2 * one[0] * one[1] * other[1],
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
+            query, key, value
+        ),
+    }
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=unknown_to_torch))
         by_kind = {kind: Stopwatches(functools.partial(counted, kind)) for kind in KINDS}
         for watches in by_kind.values():
             stack.enter_context(watches.on("text_encoding", pipe, "encode_prompt"))
             stack.enter_context(watches.on("denoising_step", build.denoiser, "forward"))
             stack.enter_context(watches.on("vae_decode", pipe.vae, "decode"))
-        call(replace(build, spec=replace(build.spec, steps=1)))
-    return {part: {kind: watches.totals[part] for kind, watches in by_kind.items()} for part in PARTS}
+        call(replace(build, spec=replace(build.spec, steps=1, batch_size=1)))
+    images = dict(zip(PARTS, (1, build.spec.batch_size, build.spec.batch_size), strict=True))
+    return {part: {kind: images[part] * watches.totals[part] for kind, watches in by_kind.items()} for part in PARTS}
 
 
 def ceilings(build: Build) -> dict[str, float]:

@@ -8,7 +8,7 @@ import io
 from typing import Any
 
 from diffusion_fast.optimizations import compiles
-from diffusion_fast.spec import Failure, Ladder, Outcome, Result
+from diffusion_fast.spec import SWEEP, Failure, Ladder, Outcome, Result
 
 # MLflow keeps parameters and tags as strings: these are the columns that come back as numbers.
 INTEGERS = ("steps", "batch_size", "height", "width", "seed", "round", "planned_rounds", "attempt")
@@ -26,6 +26,8 @@ METRICS = (
     "latency_median_s",
     "latency_p10_s",
     "latency_p90_s",
+    "s_per_image",
+    "images_per_s",
     "speedup",
     "text_encoding_s",
     "denoising_s",
@@ -58,8 +60,8 @@ MACHINE_WITHOUT_GPU = ("cpu", "threads", "affinity")
 VERSIONS = ("python", "torch", "cuda", "cudnn", "triton", "diffusers", "transformers", "torchao", "accelerate", "numpy")
 # The columns that a DataFrame of runs always has, before those that depend on the device and the recipe.
 COLUMNS = (
-    *("ladder_id", "rung", "status", "model", "weights", "recipe", "optimizations", "dtype", "device", "device_name"),
-    *("compile_mode", "prompt", *METRICS, *FLOATS, *INTEGERS, *FLAGS),
+    *("ladder_id", "ladder", "rung", "status", "model", "weights", "recipe", "optimizations", "dtype", "device"),
+    *("device_name", "compile_mode", "prompt", *METRICS, *FLOATS, *INTEGERS, *FLAGS),
     *("cache_state", "speedup_base", "tag", "reason", "error", "problem", "measurement_id", "conditions"),
     *("machine", "versions", "flags", "environment_hash", "commit"),
 )
@@ -96,6 +98,8 @@ def metrics(outcome: Outcome, base: Result | None) -> dict[str, float]:
         "latency_median_s": outcome.latency_median_s,
         "latency_p10_s": outcome.latency_p10_s,
         "latency_p90_s": outcome.latency_p90_s,
+        "s_per_image": outcome.latency_median_s / outcome.spec.batch_size,
+        "images_per_s": outcome.spec.batch_size / outcome.latency_median_s,
         "timed_calls": float(len(outcome.samples_s)),
         "import_s": outcome.import_s,
         "load_s": outcome.load_s,
@@ -170,8 +174,11 @@ def fingerprint(outcome: Outcome) -> dict[str, str]:
 def speedup_base(outcome: Outcome, ladder: Ladder, last: dict[tuple[str, int], Outcome]) -> Result | None:
     """What an outcome's speed-up is against: the result of the ladder's first rung in its round.
 
-    None where that failed, or was measured on another kind of machine or with other versions, as far as is known.
+    None where that failed, or was measured on another kind of machine or with other versions, as far as is known, and
+    in a sweep: what a small image takes less time than a large one is no speed-up.
     """
+    if ladder.name == SWEEP:
+        return None
     base = last.get((ladder.rungs[0].rung, outcome.spec.round))
     if not isinstance(base, Result):
         return None
@@ -185,6 +192,7 @@ def labels(outcome: Outcome, base: Result | None) -> dict[str, str]:
     found = {
         "kind": "rung",
         "ladder_id": spec.ladder_id,
+        "ladder": spec.ladder,
         "rung": spec.rung,
         "round": str(spec.round),
         "planned_rounds": str(spec.planned_rounds),

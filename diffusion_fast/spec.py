@@ -8,11 +8,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import types
 import typing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
 REFERENCE = "reference"  # the role, and the folder, of the run that a ladder's images are compared with
+SWEEP = "sweep"  # the ladder whose rungs are one recipe at many batch sizes and resolutions, see sweep.py
 
 
 class _Json:
@@ -30,6 +32,10 @@ class _Json:
 
 def _restore(hint: Any, value: Any) -> Any:
     """What JSON made of a field's value, back in the field's type."""
+    if value is None:
+        return None
+    if typing.get_origin(hint) is types.UnionType:  # a type | None
+        hint = typing.get_args(hint)[0]
     if isinstance(hint, type) and issubclass(hint, _Json):
         return hint.from_dict(value)
     if typing.get_origin(hint) is tuple:
@@ -85,9 +91,10 @@ class Recipe(_Json):
 
 @dataclass(frozen=True, kw_only=True)
 class RunSpec(_Json):
-    """Everything that decides a measurement, and the four names that tell it from its twins and retries."""
+    """Everything that decides a measurement, and the names that tell it from its twins and retries."""
 
     ladder_id: str
+    ladder: str = ""  # its name; empty in spools of before it was recorded
     rung: str  # "03-compile"
     round: int = 1
     planned_rounds: int = 1  # that were decided on before any was measured; later ones are there because of these
@@ -119,7 +126,7 @@ class RunSpec(_Json):
     @property
     def conditions(self) -> str:
         """A hash that equal measurements share, whatever they are called."""
-        labels = {"ladder_id", "rung", "round", "planned_rounds", "attempt", "recipe", "tag", "profile"}
+        labels = {"ladder_id", "ladder", "rung", "round", "planned_rounds", "attempt", "recipe", "tag", "profile"}
         facts = {key: value for key, value in self.to_dict().items() if key not in labels}
         facts["optimizations"] = sorted(facts["optimizations"])
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
@@ -146,7 +153,7 @@ class Ladder(_Json):
     model: str
     created_at: str
     rungs: tuple[RunSpec, ...]
-    reference: RunSpec
+    reference: RunSpec | None  # None: a sweep, whose images differ in shape, compares none
     notes: tuple[str, ...] = ()  # what was left out on this device, and why
     machine: dict[str, str] = field(default_factory=dict)  # device and versions: rungs of another one don't belong here
 

@@ -8,6 +8,7 @@ SPOOL/LADDER/ladder.json
                                      prompts.json, prompts.jpg (where prompts were judged),
                              profile.md, trace.json.gz (where it was profiled)
              .cache/00-baseline/     the rung's compile caches
+             .cache/all/             those that the points of a sweep share
 
 A folder with a training.json is a finished training of the bundled model (scripts/train_tiny.py): metrics.jsonl has a
 line a value, and samples/, sheet.jpg and evaluation.json what the model painted.
@@ -122,6 +123,10 @@ def has_reference(ladder_folder: Path) -> bool:
 
 def cache_folder(ladder_folder: Path, spec: RunSpec) -> Path:
     return ladder_folder / ".cache" / spec.rung
+
+
+def shared_cache_folder(ladder_folder: Path) -> Path:
+    return ladder_folder / ".cache" / "all"
 
 
 def read_outcome(folder: Path) -> Outcome | None:

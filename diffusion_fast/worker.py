@@ -339,13 +339,13 @@ def _one_step(build: Build, steps_file: Path) -> dict[str, Any]:
 
 
 def _limits(build: Build, flops_file: Path, latency_s: float) -> dict[str, Any]:
-    if not flops_file.is_file():
-        return {}
     from diffusion_fast import roofline
 
     if not same_work(build.spec.optimizations):  # the operations that were counted aren't its own
         return {"limits": roofline.ceilings(build)}
-    return {"limits": roofline.limits(build, spool.read_json(flops_file), latency_s)}
+    # Without a reference, as in a sweep, a rung counts for itself.
+    flops = spool.read_json(flops_file) if flops_file.is_file() else roofline.count_flops(build)
+    return {"limits": roofline.limits(build, flops, latency_s)}
 
 
 def _profile(build: Build, folder: Path, flops_file: Path, limits: dict[str, float]) -> dict[str, Any]:

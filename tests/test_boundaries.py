@@ -89,7 +89,7 @@ def test_imports_go_one_way() -> None:
             "optimizations.numbers optimizations.layers optimizations.quantization optimizations.compilation "
             "optimizations.approximation optimizations plan spool rows fidelity measure watch environment draw "
             "judge accuracy pipeline onestep sensitivity roofline profile worker launch ladder stats check "
-            "control report view tracking console cli __main__"
+            "control sweep report view tracking console cli __main__"
         ).split()
     ]
     assert {*order, "diffusion_fast"} == set(MODULES)

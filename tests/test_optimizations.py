@@ -15,6 +15,7 @@ from diffusion_fast.optimizations import OPTIMIZATIONS, Build, compilation, laye
 from diffusion_fast.pipeline import _from_configs, build_pipeline, byte_tokenizer, call
 from diffusion_fast.plan import plan_recipe
 from diffusion_fast.spec import Recipe
+from diffusion_fast.watch import Watch
 from tests.conftest import CPU, planned
 
 
@@ -257,14 +258,35 @@ def test_the_byte_tokenizer_reads_any_text_and_ends_with_its_highest_id() -> Non
     assert 49407 not in ids[1:10]
 
 
-def test_blocks_of_one_shape_share_a_graph(monkeypatch: pytest.MonkeyPatch, plain_image: bytes) -> None:
+@pytest.fixture
+def by_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are captured as ever, and run as they are: Inductor takes minutes, and knows nothing of shapes."""
     compile_module = torch.nn.Module.compile
 
-    def by_eager(module: torch.nn.Module, **chosen: Any) -> None:
+    def compile_by_eager(module: torch.nn.Module, **chosen: Any) -> None:
         assert chosen.pop("options") == {}
         compile_module(module, backend="eager", **chosen)
 
-    monkeypatch.setattr(torch.nn.Module, "compile", by_eager)
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_by_eager)
+
+
+@pytest.mark.parametrize("name", ["compile", "regional_compile"])
+def test_a_shape_that_comes_again_is_not_compiled_again(by_eager: None, name: str) -> None:
+    """Shapes in turn in one process, as a server gets them. The points of a sweep have a process each."""
+    with torch._dynamo.config.patch(recompile_limit=compilation.MOST_SHAPES):
+        made, _ = build(name, height=96, width=96)
+
+        def graphs(**changes: int) -> float:
+            with Watch("cpu") as watch:
+                call(replace(made, spec=replace(made.spec, **changes)))
+            return float(watch.account(1)["recompilations"])
+
+        assert graphs() > 0
+        graphs(batch_size=2, height=64, width=64)
+        assert [graphs(), graphs(batch_size=2, height=64, width=64)] == [0, 0]
+
+
+def test_blocks_of_one_shape_share_a_graph(by_eager: None, plain_image: bytes) -> None:
     torch._dynamo.utils.counters.clear()
     with torch._dynamo.config.patch(recompile_limit=8):  # it is raised for the whole process, and put back here
         made, applied = build("regional_compile")

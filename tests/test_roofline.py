@@ -1,16 +1,20 @@
 """Operations counted, ceilings measured, weights weighed."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from diffusion_fast import pipeline, roofline
+from diffusion_fast import pipeline, roofline, spool, worker
 from diffusion_fast.models import MODELS, PACKAGE
 from diffusion_fast.optimizations import Build
-from tests.conftest import H100, planned
+from diffusion_fast.plan import plan_recipe
+from diffusion_fast.spec import Recipe
+from tests.conftest import CPU, H100, planned
 
 
 def test_sdxl_takes_13_5_tflop_a_step_with_guidance(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,6 +62,32 @@ def test_a_real_call_is_counted_by_parts_whatever_its_steps(tiny: Build) -> None
     assert sum(found["denoising_step"].values()) == pytest.approx(2 * 0.377e9, rel=0.01)
     assert sum(found["text_encoding"].values()) == pytest.approx(0.0545e9, rel=0.01)
     assert found["vae_decode"]["convolution"] > 1e9
+
+
+def test_a_batch_takes_what_its_images_take_and_one_prompt(tiny: Build) -> None:
+    with torch.no_grad():
+        one, four = (roofline.count_flops(replace(tiny, spec=replace(tiny.spec, batch_size=n))) for n in (1, 4))
+    assert four["text_encoding"] == one["text_encoding"]
+    for part in ("denoising_step", "vae_decode"):
+        assert four[part] == {kind: 4 * count for kind, count in one[part].items()}
+
+
+def test_fused_int8_and_compiled_kernels_count_as_what_they_stand_for(tiny: Build) -> None:
+    names = ("bf16", "sdpa", "fused_qkv", "int8_dynamic", "compile")
+    ordered = plan_recipe(MODELS["tiny"], Recipe("mine", names), CPU)
+    with torch.no_grad():
+        fast, _ = pipeline.build_pipeline(replace(tiny.spec, optimizations=ordered), lambda _: None)
+        assert roofline.count_flops(fast) == roofline.count_flops(tiny)
+
+
+def test_without_a_reference_a_rung_counts_for_itself(tiny: Build, tmp_path: Path) -> None:
+    counted = tmp_path / spool.REFERENCE_FLOPS
+    with torch.no_grad():
+        alone = worker._limits(tiny, counted, 2.0)["limits"]
+        spool.write_json(counted, roofline.count_flops(tiny))
+        beside = worker._limits(tiny, counted, 2.0)["limits"]
+    assert alone["tflop"] == beside["tflop"] > 0
+    assert alone["mfu"] == pytest.approx(alone["tflop"] / 2.0 / alone["matmul_ceiling_tflops"])
 
 
 def test_weights_are_weighed_as_they_are_stored(tiny: Build) -> None:

@@ -42,6 +42,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RunSpec, 
     monkeypatch.setattr(pipeline, "call", call)
     monkeypatch.setattr(pipeline, "call_for", call_for)
     monkeypatch.setattr(worker, "_phases", lambda build: ({"denoising_s": 0.2}, to_floats(noise)))
+    monkeypatch.setattr(worker, "_limits", lambda *_: {})  # a stand-in has no operations to count
     return ladder.rungs[0], folder
 
 
