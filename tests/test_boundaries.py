@@ -87,8 +87,8 @@ def test_imports_go_one_way() -> None:
         for name in (
             "spec world models recipes inductor optimizations.registry optimizations.numbers optimizations.layers "
             "optimizations.quantization optimizations.compilation optimizations plan spool rows fidelity measure "
-            "watch environment draw judge accuracy pipeline onestep roofline profile worker launch ladder stats check "
-            "report view tracking console cli __main__"
+            "watch environment draw judge accuracy pipeline onestep roofline profile worker launch saved_cache ladder "
+            "stats check report view tracking console cli __main__"
         ).split()
     ]
     assert {*order, "diffusion_fast"} == set(MODULES)
