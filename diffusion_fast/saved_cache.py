@@ -8,6 +8,7 @@ Why not torch.compiler.save_cache_artifacts: docs/experiments.md.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -79,12 +80,15 @@ def save(spec: RunSpec, cache: Path, file: Path) -> None:
     """Pack the folder `cache`, which `spec` has filled. Raises OSError, and leaves no part of a file."""
     partial = file.with_name(f".{file.name}")
     try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as packed:
-            manifest = {"measurement_id": spec.measurement_id, "fits": facts(spec)}
-            packed.writestr(MANIFEST, json.dumps(manifest, indent=1))
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as packed:
+            checksums = {}
             for path in sorted(cache.rglob("*")):
                 if path.is_file() and path.suffix != ".lock":
-                    packed.write(path, path.relative_to(cache))
+                    name, content = str(path.relative_to(cache)), path.read_bytes()
+                    checksums[name] = hashlib.sha256(content).hexdigest()
+                    packed.writestr(name, content)
+            manifest = {"measurement_id": spec.measurement_id, "fits": facts(spec), "sha256": checksums}
+            packed.writestr(MANIFEST, json.dumps(manifest, indent=1))
         partial.replace(file)
     finally:
         partial.unlink(missing_ok=True)
@@ -101,12 +105,12 @@ def start_from(file: Path, planned: Ladder) -> Ladder:
     try:
         with zipfile.ZipFile(file) as packed:
             manifest = json.loads(packed.read(MANIFEST))
-            source, fits = str(manifest["measurement_id"]), dict(manifest["fits"])
-            broken = packed.testzip()
+            source, fits, listed = str(manifest["measurement_id"]), dict(manifest["fits"]), dict(manifest["sha256"])
+            found = {name: hashlib.sha256(packed.read(name)).hexdigest() for name in packed.namelist()}
     except DAMAGE as error:
         raise ValueError(f"{file} is no compile cache, or is damaged: {type(error).__name__}: {error}.") from error
-    if broken:
-        raise ValueError(f"{file} is damaged: the checksum of {broken} is wrong.")
+    if broken := sorted(name for name, _ in listed.items() ^ found.items() if name != MANIFEST):
+        raise ValueError(f"{file} is damaged: {broken[0]} is not what its checksum says.")
     if clauses := _differences(fits, facts(spec)):
         raise ValueError(f"The compile cache of {source} doesn't fit: it was made with {', '.join(clauses)}.")
     return replace(planned, rungs=(replace(spec, saved_cache=source),))
