@@ -9,8 +9,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 # Variables that change how fast these libraries are, but for those that say where things lie or on which device, what
 # to print, and for what a build was.
 FLAGS = (
@@ -26,6 +24,7 @@ LIBRARIES = ("torch", "diffusers", "transformers", "torchao", "accelerate", "tri
 
 def describe(device: str) -> dict[str, Any]:
     """A flat account of the machine and the versions that decide a measurement."""
+    import psutil
     import torch
 
     facts: dict[str, Any] = {

@@ -58,7 +58,7 @@ def _save_cache(folder: Path, result: Result) -> Result:
     run_folder = spool.run_folder(folder, result.spec)
     try:
         saved_cache.save(result.spec, spool.cache_folder(folder, result.spec), run_folder / spool.COMPILE_CACHE)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a full disk, a GPU that no longer answers
         problem = f"its compile cache is not saved: {error}"
         result = replace(result, problem="; ".join(filter(None, (result.problem, problem))))
         spool.write_json(run_folder / spool.RESULT, result.to_dict())

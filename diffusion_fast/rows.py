@@ -59,18 +59,8 @@ VERSIONS = ("python", "torch", "cuda", "cudnn", "triton", "diffusers", "transfor
 COLUMNS = (
     *("ladder_id", "rung", "status", "model", "weights", "recipe", "optimizations", "dtype", "device", "device_name"),
     *("compile_mode", "prompt", *METRICS, *FLOATS, *INTEGERS, *FLAGS),
-    *(
-        "cache_state",
-        "saved_cache",
-        "speedup_base",
-        "tag",
-        "reason",
-        "error",
-        "problem",
-        "measurement_id",
-        "conditions",
-    ),
-    *("machine", "versions", "flags", "environment_hash", "commit"),
+    *("cache_state", "saved_cache", "speedup_base", "tag", "reason", "error", "problem"),
+    *("measurement_id", "conditions", "machine", "versions", "flags", "environment_hash", "commit"),
 )
 
 

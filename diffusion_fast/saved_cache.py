@@ -1,7 +1,7 @@
 """A rung's compile caches as one file: packed after its measurement, checked and unpacked before another one's.
 
-Packed is what torch.compile, Inductor and Triton left on disk, what autotuning chose among it, with an account of what
-it fits. All of it is code that a process runs when it finds it: load what you trust alone.
+Packed is all that torch.compile, Inductor and Triton left on disk, with it what autotuning chose, and an account of
+what that fits. All of it is code, which a process runs when it finds it: a checksum tells damage, not malice.
 
 Why not torch.compiler.save_cache_artifacts: docs/experiments.md.
 """
@@ -33,7 +33,10 @@ DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, OSError, KeyError, TypeError
 
 
 def facts(spec: RunSpec) -> dict[str, str | list[str]]:
-    """What must be the same for a compile cache to be of use: the machine, the versions, and what is compiled."""
+    """What must be the same for a compile cache to be of use: the machine, the versions, and what is compiled.
+
+    Weights, prompt and steps are in no graph. Raises ValueError where the device doesn't answer.
+    """
     device = plan.find_device(spec.device)
     if device.capability:
         machine: dict[str, str | list[str]] = {
@@ -77,7 +80,10 @@ def _instructions() -> list[str]:
 
 
 def save(spec: RunSpec, cache: Path, file: Path) -> None:
-    """Pack the folder `cache`, which `spec` has filled. Raises OSError, and leaves no part of a file."""
+    """Pack the folder `cache`, which `spec` has filled, whole or not at all.
+
+    Raises OSError, and ValueError where the device doesn't answer.
+    """
     partial = file.with_name(f".{file.name}")
     try:
         with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as packed:
@@ -138,6 +144,7 @@ def unpack(file: Path, cache: Path) -> None:
     if cache.exists():
         return
     partial = cache.with_name(f".{cache.name}.{os.getpid()}")
+    partial.mkdir(parents=True)
     with zipfile.ZipFile(file) as packed:
         packed.extractall(partial, [name for name in packed.namelist() if name != MANIFEST])
     # Triton looks for a kernel's files under the paths at which they were written, and compiles where there are none.

@@ -157,7 +157,7 @@ class Result(_Json):
     import_s: float
     load_s: float  # the process's start to a loaded and changed pipeline, imports and calibration apart
     first_call_s: float  # compilation included
-    cache_state: Literal["none", "cold", "warm", "shared", "saved"]  # of the compile cache; none: nothing compiles
+    cache_state: Literal["none", "cold", "warm", "shared", "saved"]  # before it; none: nothing compiles
     warmup_s: tuple[float, ...]
     warmed_up: bool  # False: the last two warm-up calls still differed by more than 5%
     samples_s: tuple[float, ...]

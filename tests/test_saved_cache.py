@@ -93,12 +93,21 @@ def test_a_cache_that_is_there_is_left_alone(file: Path, tmp_path: Path) -> None
 
 def test_nothing_is_written_outside_the_cache(file: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(file, "a") as packed:
-        packed.writestr("../../outside", "")
-        packed.writestr("/tmp/h-outside", "")
+        packed.writestr("../../outside.so", "")
+        packed.writestr("/outside/too", "")
     cache = tmp_path / "a" / "b" / "cache"
     saved_cache.unpack(file, cache)
-    assert set(content(cache)) == {*FILES, "outside", "tmp/h-outside"}
-    assert not list(tmp_path.glob("outside")) + list(tmp_path.glob("*/outside"))
+    assert set(content(cache)) == {*FILES, "outside.so", "outside/too"}
+    assert {path.name for path in tmp_path.iterdir()} == {"made", "a"}
+    assert [path.name for path in (tmp_path / "a").rglob("outside.so")] == ["outside.so"]
+    assert not Path("/outside").exists()
+
+
+def test_a_rung_that_left_nothing_is_an_empty_cache(tmp_path: Path) -> None:
+    saved_cache.save(compiled().rungs[0], tmp_path / "nothing", tmp_path / "file.zip")
+    saved_cache.start_from(tmp_path / "file.zip", compiled())
+    saved_cache.unpack(tmp_path / "file.zip", tmp_path / "ladder" / "cache")
+    assert list((tmp_path / "ladder" / "cache").iterdir()) == []
 
 
 def test_all_that_is_compared_is_known(file: Path) -> None:
