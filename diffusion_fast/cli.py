@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -17,7 +19,7 @@ from typing import Any
 
 import click
 
-from diffusion_fast import console, plan, spool, sweep
+from diffusion_fast import console, plan, saved_cache, spool, sweep
 from diffusion_fast import ladder as climbing
 from diffusion_fast.console import fail
 from diffusion_fast.models import MODELS, WeightsUnreachableError, check_weights
@@ -26,6 +28,7 @@ from diffusion_fast.recipes import LADDERS
 from diffusion_fast.sensitivity import read_kept
 from diffusion_fast.spec import SWEEP, Recipe
 
+RUN_ID = re.compile("[0-9a-f]{32}")  # MLflow's
 UNTIL_ROUNDS = 5  # planned by --until at least: of fewer, the spread is so ill known that many would be added
 
 
@@ -145,12 +148,26 @@ one_shape = options(
         default="auto",
         help="Held-out prompts that tiny paints for the judge. [default: 8]",
     ),
+    click.option(
+        "--save-cache",
+        type=bool,
+        is_flag=False,
+        flag_value=True,
+        default=False,
+        help="Keep what a rung compiled with its results, for --load-cache.",
+    ),
 )
 one_recipe = options(
     click.option("--with", "names", default="", metavar="NAME,NAME", help="Optimizations; their order has no meaning."),
     click.option("--recipe", "recipe_name", default="", help="A rung of --ladder, as a start for --with."),
     click.option(
         "--ladder", "ladder_name", default="progressive", show_default=True, help="Where --recipe comes from."
+    ),
+    click.option(
+        "--load-cache",
+        default="",
+        metavar="RUN",
+        help="Start from what a run has saved by --save-cache: its MLflow id, or its folder in a spool.",
     ),
 )
 tracked = options(
@@ -355,6 +372,8 @@ def _measure(
     max_rounds: int = 1,
     batch_sizes: str = "",
     sizes: str = "",
+    save_cache: bool = False,
+    load_cache: str = "",
     **settings: Any,
 ) -> None:
     with ExitStack() as held:
@@ -379,6 +398,14 @@ def _measure(
                 raise ValueError(
                     f"--until is about speed-ups: add {planned.rungs[0].recipe}, the first rung, to --only."
                 )
+            if cache_dir and (save_cache or load_cache):
+                raise ValueError(
+                    "--cache-dir is one compile cache for all: --save-cache and --load-cache go without it."
+                )
+            loaded = None
+            if load_cache:
+                loaded = _find_cache(load_cache, tracking_uri, held)
+                planned = saved_cache.start_from(loaded, planned)
             if exclusive:
                 plan.refuse_company(device)
             try:
@@ -390,13 +417,34 @@ def _measure(
             resumed = climbing.find_resumable(root, planned) if resume else None
             try:
                 folder = resumed or spool.save_ladder(root, planned)
+                if loaded:
+                    saved_cache.unpack(loaded, spool.cache_folder(folder, planned.rungs[0]))
             except OSError as error:
                 raise ValueError(f"--spool {root} can't be written to: {error}.") from error
             held.enter_context(spool.alone(folder))
         if name == SWEEP:  # shapes have kernels in common; no first call is compared with another here
             cache_dir = cache_dir or spool.shared_cache_folder(folder)
         recorder = None if no_track else console.Recorder(folder, experiment, tracking_uri)
-        console.climb(folder, only, timeout, cache_dir, recorder, console.Rounds(first, until, max_rounds))
+        asked = console.Rounds(first, until, max_rounds)
+        console.climb(folder, only, timeout, cache_dir, recorder, asked, save_cache)
+
+
+def _find_cache(wanted: str, tracking_uri: str | None, held: ExitStack) -> Path:
+    """What --load-cache names: a file in a run's folder, or fetched from MLflow. Raises ValueError."""
+    file = Path(wanted) / spool.COMPILE_CACHE
+    if file.is_file():
+        return file
+    if Path(wanted).exists() or not RUN_ID.fullmatch(wanted):
+        raise ValueError(f"--load-cache: {wanted} is no MLflow run id, and no folder with a {spool.COMPILE_CACHE}.")
+    if importlib.util.find_spec("mlflow") is None:
+        raise ValueError("mlflow isn't installed: give --load-cache the folder of a run in a spool.")
+    from diffusion_fast import tracking
+
+    folder = Path(held.enter_context(tempfile.TemporaryDirectory()))
+    try:
+        return tracking.fetch(wanted, spool.COMPILE_CACHE, folder, tracking_uri=tracking_uri)
+    except tracking.TrackingError as error:
+        fail(f"MLflow could not be read: {error}", 1)
 
 
 @main.command()

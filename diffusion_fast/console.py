@@ -37,6 +37,7 @@ def climb(
     cache_dir: Path | None,
     recorder: Recorder | None,
     rounds: Rounds,
+    save_cache: bool = False,
 ) -> None:
     """Measure what is missing of a ladder, or of `only`, and show what came of it. Exits with 1 or 130 on failures."""
     current = spool.read_ladder(folder)
@@ -45,6 +46,8 @@ def climb(
     click.echo(f"{folder}: {len(todo)} of {len(current.rungs) * rounds.planned} rungs to measure{in_rounds}")
     for note in current.notes:
         click.echo(f"  {note}")
+    if save_cache and not any(climbing.leaves_cache(spec) for spec in todo):
+        click.echo("  --save-cache saves nothing: nothing that is to be measured compiles anything new")
 
     def measure(specs: list[RunSpec]) -> list[Outcome]:
         return climbing.climb(
@@ -52,8 +55,9 @@ def climb(
             specs,
             timeout_s=timeout,
             shared_cache=cache_dir,
+            save_cache=save_cache,
             on_start=_started,
-            on_end=lambda spec, outcome: _ended(spec, outcome, recorder),
+            on_end=lambda spec, outcome: _ended(folder, spec, outcome, recorder),
         )
 
     # Schedulers and `timeout` end a process by SIGTERM, which must not leave a worker behind on the GPU.
@@ -167,10 +171,12 @@ def _started(spec: RunSpec) -> None:
     click.echo(", ".join([spec.rung, *(f"{what} {number}" for what, number in more.items() if number > 1)]))
 
 
-def _ended(spec: RunSpec, outcome: Outcome | None, recorder: Recorder | None) -> None:
+def _ended(folder: Path, spec: RunSpec, outcome: Outcome | None, recorder: Recorder | None) -> None:
     clear = "\r\x1b[2K" if sys.stdout.isatty() else ""
     if isinstance(outcome, Result):
         click.echo(f"{clear}  {outcome.latency_median_s:.4g} s a call, {outcome.peak_memory_gib:.2f} GiB")
+        if (saved := spool.run_folder(folder, spec) / spool.COMPILE_CACHE).is_file():
+            click.echo(f"  compile cache: {saved}, {saved.stat().st_size / 1e6:.1f} MB")
     elif isinstance(outcome, Failure):
         click.echo(f"{clear}  failed while {outcome.stage}: {outcome.reason}: {outcome.message.splitlines()[0][:200]}")
     else:

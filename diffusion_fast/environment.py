@@ -9,8 +9,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 # Variables that change how fast these libraries are, but for those that say where things lie or on which device, what
 # to print, and for what a build was.
 FLAGS = (
@@ -26,28 +24,21 @@ LIBRARIES = ("torch", "diffusers", "transformers", "torchao", "accelerate", "tri
 
 def describe(device: str) -> dict[str, Any]:
     """A flat account of the machine and the versions that decide a measurement."""
+    import psutil
     import torch
 
     facts: dict[str, Any] = {
         "python": platform.python_version(),
         "os": platform.platform(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpu_cores": os.cpu_count(),
         "ram_gib": round(psutil.virtual_memory().total / 1024**3, 1),
         "threads": torch.get_num_threads(),
         "affinity": len(os.sched_getaffinity(0)),
-        "flags": " ".join(
-            f"{name}={value}"
-            for name, value in sorted(os.environ.items())
-            if name.startswith(FLAGS) and not name.endswith(NO_FLAGS)
-        ),
+        "flags": " ".join(flags()),
         "commit": _commit(),
     }
-    for library in LIBRARIES:
-        try:
-            facts[library] = importlib.metadata.version(library)
-        except importlib.metadata.PackageNotFoundError:
-            facts[library] = None
+    facts |= {library: version(library) for library in LIBRARIES}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
         facts |= {
@@ -69,7 +60,24 @@ def installed() -> str:
     return "".join(f"{name}=={version}\n" for name, version in sorted(found, key=lambda pair: pair[0].lower()))
 
 
-def _cpu_name() -> str:
+def flags() -> list[str]:
+    """The environment variables that change how these libraries run, each as NAME=VALUE."""
+    return [
+        f"{name}={value}"
+        for name, value in sorted(os.environ.items())
+        if name.startswith(FLAGS) and not name.endswith(NO_FLAGS)
+    ]
+
+
+def version(library: str) -> str | None:
+    """Of an installed distribution, without importing it; None where there is none."""
+    try:
+        return importlib.metadata.version(library)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_name() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

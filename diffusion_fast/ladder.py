@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from diffusion_fast import spool
+from diffusion_fast import saved_cache, spool
 from diffusion_fast.launch import launch
+from diffusion_fast.optimizations import compiles
 from diffusion_fast.plan import lookup
 from diffusion_fast.spec import Failure, Ladder, Outcome, Result, RunSpec
 
@@ -18,6 +20,7 @@ def climb(
     *,
     timeout_s: float,
     shared_cache: Path | None,
+    save_cache: bool,
     on_start: Callable[[RunSpec], None],
     on_end: Callable[[RunSpec, Outcome | None], None],
 ) -> list[Outcome]:
@@ -37,11 +40,30 @@ def climb(
         on_start(spec)
         outcome = launch(spec, folder, timeout_s, shared_cache)
         if outcome is not None:
+            if save_cache and isinstance(outcome, Result) and leaves_cache(spec):
+                outcome = _save_cache(folder, outcome)
             found.append(outcome)
         if isinstance(outcome, Failure):
             failed.add(spec.rung)
         on_end(spec, outcome)
     return found
+
+
+def leaves_cache(spec: RunSpec) -> bool:
+    """Whether a cache of its own can be saved: later rounds start from the first one's, and compile nothing new."""
+    return compiles(spec.optimizations) and spec.round == 1
+
+
+def _save_cache(folder: Path, result: Result) -> Result:
+    """Pack what the rung has compiled. A failure costs that alone, and is the result's problem."""
+    run_folder = spool.run_folder(folder, result.spec)
+    try:
+        saved_cache.save(result.spec, spool.cache_folder(folder, result.spec), run_folder / spool.COMPILE_CACHE)
+    except (OSError, ValueError) as error:  # a full disk, a GPU that no longer answers
+        problem = f"its compile cache is not saved: {error}"
+        result = replace(result, problem="; ".join(filter(None, (result.problem, problem))))
+        spool.write_json(run_folder / spool.RESULT, result.to_dict())
+    return result
 
 
 def missing(folder: Path, only: tuple[str, ...] = (), *, rounds: int = 1, planned: int = 1) -> list[RunSpec]:
@@ -71,8 +93,9 @@ def resolve(ladder: Ladder, name: str) -> str:
 def find_resumable(root: Path, planned: Ladder) -> Path | None:
     """The newest ladder in a spool that measures just what is planned, on this machine; None where there is none."""
 
-    def key(ladder: Ladder) -> tuple[dict[str, str], list[tuple[str, str, str, bool]]]:
-        return ladder.machine, [(spec.rung, spec.conditions, spec.tag, spec.profile) for spec in ladder.rungs]
+    def key(ladder: Ladder) -> tuple[Any, ...]:
+        names = ("rung", "conditions", "tag", "profile", "saved_cache")
+        return ladder.machine, [tuple(getattr(spec, name) for name in names) for spec in ladder.rungs]
 
     for folder in reversed(spool.find_ladders(root)):
         if key(spool.read_ladder(folder)) == key(planned):

@@ -75,8 +75,8 @@ def summarize(frame: pd.DataFrame, across: bool = False) -> pd.DataFrame:
     """Rows of one ladder's measurements, one a rung and round, as one row a rung.
 
     Over several rounds a figure is the median of the rounds' figures, and a speed-up has an interval. The first call is
-    that of the first round, whose compile cache was cold; `first_call_warm_s` is of the later ones. With `across`
-    measurements of different machines or versions make a ratio too.
+    that of the first round, whose compile cache was cold or saved; `first_call_warm_s` is of the later ones. With
+    `across` measurements of different machines or versions make a ratio too.
     """
     import pandas as pd
 

@@ -62,8 +62,8 @@ VERSIONS = ("python", "torch", "cuda", "cudnn", "triton", "diffusers", "transfor
 COLUMNS = (
     *("ladder_id", "ladder", "rung", "status", "model", "weights", "recipe", "optimizations", "dtype", "device"),
     *("device_name", "compile_mode", "prompt", *METRICS, *FLOATS, *INTEGERS, *FLAGS),
-    *("cache_state", "speedup_base", "tag", "reason", "error", "problem", "measurement_id", "conditions"),
-    *("machine", "versions", "flags", "environment_hash", "commit"),
+    *("cache_state", "saved_cache", "speedup_base", "tag", "reason", "error", "problem"),
+    *("measurement_id", "conditions", "machine", "versions", "flags", "environment_hash", "commit"),
 )
 
 
@@ -200,6 +200,7 @@ def labels(outcome: Outcome, base: Result | None) -> dict[str, str]:
         "measurement_id": spec.measurement_id,
         "conditions": spec.conditions,
         "tag": spec.tag,
+        "saved_cache": spec.saved_cache,
         "speedup_base": base.spec.rung if base else "",
         **fingerprint(outcome),
     }

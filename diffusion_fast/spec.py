@@ -118,6 +118,7 @@ class RunSpec(_Json):
     accuracy_prompts: int = 0  # held-out prompts that it paints after the timed calls, for the judge
     tag: str = ""
     profile: bool = False  # after all else, a short call under torch.profiler
+    saved_cache: str = ""  # the measurement whose compile cache its first attempt starts from
 
     @property
     def measurement_id(self) -> str:
@@ -127,6 +128,7 @@ class RunSpec(_Json):
     def conditions(self) -> str:
         """A hash that equal measurements share, whatever they are called."""
         labels = {"ladder_id", "ladder", "rung", "round", "planned_rounds", "attempt", "recipe", "tag", "profile"}
+        labels |= {"saved_cache"}
         facts = {key: value for key, value in self.to_dict().items() if key not in labels}
         facts["optimizations"] = sorted(facts["optimizations"])
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
@@ -170,7 +172,7 @@ class Result(_Json):
     import_s: float
     load_s: float  # the process's start to a loaded and changed pipeline, imports and calibration apart
     first_call_s: float  # compilation included
-    cache_state: Literal["none", "cold", "warm", "shared"]  # of the compile cache before it; none: nothing compiles
+    cache_state: Literal["none", "cold", "warm", "shared", "saved"]  # before it; none: nothing compiles
     warmup_s: tuple[float, ...]
     warmed_up: bool  # False: the last two warm-up calls still differed by more than 5%
     samples_s: tuple[float, ...]

@@ -192,6 +192,25 @@ def _record_artifacts(client: MlflowClient, run_id: str, folder: Path, outcome: 
                 client.log_image(run_id, opened.convert("RGB"), key=key, step=0)
 
 
+def fetch(run_id: str, name: str, folder: Path, *, tracking_uri: str | None = None) -> Path:
+    """Download an artifact of a run into a folder. Raises TrackingError, and ValueError where there is none."""
+    from mlflow.exceptions import MlflowException
+
+    with _tracking_errors():
+        client = connect(tracking_uri)
+        try:
+            found = {artifact.path for artifact in client.list_artifacts(run_id)}
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            found = None
+        if found and name in found:
+            return Path(client.download_artifacts(run_id, name, str(folder)))
+    if found is None:
+        raise ValueError(f"There is no run {run_id} at {client.tracking_uri}.")
+    raise ValueError(f"The run {run_id} has no {name}.")
+
+
 def finish(
     folder: Path,
     *,

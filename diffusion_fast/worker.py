@@ -177,7 +177,7 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
 
     # The measurement is there. What follows may fail, or be killed, without taking it along.
     reference = folder.parents[1] / REFERENCE
-    problems: list[str] = []
+    problems = _not_saved(cache_state, applied)
     decoded = None
 
     def then(stage: str, find: Callable[[], dict[str, Any]]) -> None:
@@ -244,14 +244,26 @@ def _refuse_black(images: list[list[Any]]) -> None:
         raise BrokenImageError("an image is black all over")
 
 
-def _cache_state(spec: RunSpec) -> Literal["none", "cold", "warm", "shared"]:
+def _cache_state(spec: RunSpec) -> Literal["none", "cold", "warm", "shared", "saved"]:
     """What the compile cache is before anything was compiled here."""
     if not compiles(spec.optimizations):
         return "none"
     caches = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]), Path(os.environ["TRITON_CACHE_DIR"])
     if not any(cache.is_dir() and any(cache.iterdir()) for cache in caches):
         return "cold"
+    if spec.saved_cache and (spec.round, spec.attempt) == (1, 1):
+        return "saved"
     return "shared" if os.environ.get("DIFFUSION_FAST_SHARED_CACHE") else "warm"
+
+
+def _not_saved(cache_state: str, applied: dict[str, dict[str, Any]]) -> list[str]:
+    """A clause where a first call from a saved cache had to compile graphs nevertheless."""
+    if cache_state != "saved":
+        return []
+    compiled = next(account for account in applied.values() if "from_cache" in account)
+    if compiled["from_cache"] >= compiled["graphs"]:
+        return []
+    return [f"of {compiled['graphs']} graphs the saved compile cache had only {compiled['from_cache']}"]
 
 
 def _load(spec: RunSpec, progress: Progress) -> tuple[Build, dict[str, dict[str, Any]], float]:

@@ -26,7 +26,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     }
     for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
         environment.pop(name, None)
-    parameters = [f"only={','.join(RUNGS)}", "steps=2", "seed=3", f"spool={folder / 'spool'}"]
+    parameters = [f"only={','.join(RUNGS)}", "steps=2", "seed=3", f"spool={folder / 'spool'}", "save_cache=true"]
     done = subprocess.run(
         (
             *(sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", "ladder", "--env-manager", "local"),
@@ -107,11 +107,36 @@ def test_compiling_left_its_proof_and_a_cold_cache(store: tuple[Path, str], fram
     assert isinstance(outcome, Result)
     assert outcome.cache_state == "cold"
     assert outcome.applied["compile"]["graphs"] >= 2
+    assert outcome.applied["compile"]["from_cache"] == 0
     assert outcome.applied["compile"]["graph_breaks"] == 0
     assert outcome.applied["int8_dynamic"]["quantized_linears"] > 0
     assert set(outcome.applied) == set(outcome.spec.optimizations)
     compiled = frame[frame["rung"] == "05-int8-dynamic"].iloc[0]
     assert compiled["first_call_cold_s"] > 3 * compiled["latency_median_s"]
+
+
+def test_its_compile_cache_comes_back_from_mlflow_and_spares_every_graph(
+    store: tuple[Path, str], frame: pd.DataFrame
+) -> None:
+    from diffusion_fast import spool
+    from diffusion_fast.spec import Result
+
+    run_id, measurement_id = frame[["run_id", "measurement_id"]].iloc[2]
+    recipe = ("--recipe", "int8-dynamic", "--steps", "2", "--accuracy-prompts", "0", "--no-track")
+    cache = ("--load-cache", run_id, "--tracking-uri", store[1], "--spool", str(store[0] / "another spool"))
+    done = subprocess.run(
+        (sys.executable, "-m", "diffusion_fast", "run", *recipe, *cache), cwd=store[0], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = spool.find_ladders(store[0] / "another spool")
+    ((_, outcome),) = spool.outcomes(folder)
+    assert isinstance(outcome, Result)
+    assert (outcome.cache_state, outcome.spec.saved_cache, outcome.problem) == ("saved", measurement_id, "")
+    assert outcome.applied["compile"]["from_cache"] == outcome.applied["compile"]["graphs"] >= 2
+    (before,) = (store[0] / "spool").glob("*/.cache/05-int8-dynamic")
+    (after,) = (store[0] / "another spool").glob("*/.cache/00-int8-dynamic")
+    libraries = [{path.relative_to(each) for path in each.rglob("*.so")} for each in (before, after)]
+    assert libraries[0] == libraries[1] != set()  # no C++ was compiled either
 
 
 def test_the_spool_has_the_seeds_files(store: tuple[Path, str]) -> None:

@@ -78,9 +78,11 @@ def test_every_other_round_goes_backwards_and_what_a_round_has_is_left_out(tmp_p
 def test_a_ladder_is_resumed_only_by_its_equal(tmp_path: Path) -> None:
     older, newer, other, tagged = planned(), planned(), planned(seed=1), planned(tag="mine")
     elsewhere = replace(planned(), machine={"device": "another", "torch": "1"})
-    for number, ladder in enumerate((older, newer, other, tagged, elsewhere), 1):
+    loaded = replace(older, rungs=tuple(replace(spec, saved_cache="another") for spec in older.rungs))
+    for number, ladder in enumerate((older, newer, other, tagged, elsewhere, loaded), 1):
         spool.save_ladder(tmp_path, replace(ladder, id=str(number)))
     assert climbing.find_resumable(tmp_path, planned()) == tmp_path / "2"
+    assert climbing.find_resumable(tmp_path, loaded) == tmp_path / "6"
     assert climbing.find_resumable(tmp_path, planned(steps=3)) is None
     assert climbing.find_resumable(tmp_path / "nowhere", planned()) is None
 

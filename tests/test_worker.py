@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -193,6 +194,27 @@ def test_the_state_of_the_compile_cache_is_known(
     assert worker._cache_state(compiled) == "cold"
     (tmp_path / "inductor" / "ab").mkdir(parents=True)
     assert worker._cache_state(compiled) == filled
+
+
+def test_a_saved_cache_is_the_first_attempts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    monkeypatch.delenv("DIFFUSION_FAST_SHARED_CACHE", raising=False)
+    spec = replace(planned().rungs[3], saved_cache="another/03-compile/r1-a1")
+    assert worker._cache_state(spec) == "cold"  # it was to be there, and isn't
+    (tmp_path / "inductor" / "ab").mkdir(parents=True)
+    assert worker._cache_state(spec) == "saved"
+    assert worker._cache_state(replace(spec, attempt=2)) == "warm"
+    assert worker._cache_state(replace(spec, round=2)) == "warm"
+
+
+@pytest.mark.parametrize(
+    ("state", "cached", "said"),
+    [("saved", 3, []), ("saved", 2, ["of 3 graphs the saved compile cache had only 2"]), ("warm", 2, [])],
+)
+def test_graphs_that_a_saved_cache_had_not_are_a_problem(state: str, cached: int, said: list[str]) -> None:
+    applied = {"bf16": {"parameters": 1}, "compile": {"graphs": 3, "from_cache": cached}}
+    assert worker._not_saved(state, applied) == said
 
 
 def test_the_age_of_the_process_is_its_age() -> None:

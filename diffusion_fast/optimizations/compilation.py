@@ -128,7 +128,10 @@ def _compile(
         graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
         if graphs < least or breaks:
             raise RuntimeError(f"{name}: {graphs} graphs, of at least {least}, and {breaks} graph breaks")
-        return {"graphs": graphs, "graph_breaks": breaks} | ({"compiled_ahead": asdict(ahead)} if ahead else {})
+        cached = counters["inductor"]["fxgraph_cache_hit"]
+        return {"graphs": graphs, "from_cache": cached, "graph_breaks": breaks} | (
+            {"compiled_ahead": asdict(ahead)} if ahead else {}
+        )
 
     build.proofs[name] = proof
     return {"mode": build.spec.compile_mode, "options": options}
