@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 from diffusion_fast.spec import Model
@@ -36,6 +37,22 @@ SDXL_INT8_EXCLUDED = (
     (960, 640),
 )
 
+SDXL = Model(
+    name="sdxl",
+    summary="Stable Diffusion XL base 1.0",
+    pipeline="StableDiffusionXLPipeline",
+    denoiser="unet",
+    height=1024,
+    width=1024,
+    steps=30,
+    guidance_scale=5.0,
+    hub_id="stabilityai/stable-diffusion-xl-base-1.0",
+    configs="sdxl-base-1.0",
+    fp16_vae_hub_id="madebyollin/sdxl-vae-fp16-fix",
+    fp16_vae_config="vae_fp16_fix",
+    int8_excluded_shapes=SDXL_INT8_EXCLUDED,
+)
+
 MODELS = {
     model.name: model
     for model in (
@@ -52,20 +69,10 @@ MODELS = {
             guidance_scale=2.0,
             embedded="tiny",
         ),
-        Model(
-            name="sdxl",
-            summary="Stable Diffusion XL base 1.0",
-            pipeline="StableDiffusionXLPipeline",
-            denoiser="unet",
-            height=1024,
-            width=1024,
-            steps=30,
-            guidance_scale=5.0,
-            hub_id="stabilityai/stable-diffusion-xl-base-1.0",
-            configs="sdxl-base-1.0",
-            fp16_vae_hub_id="madebyollin/sdxl-vae-fp16-fix",
-            fp16_vae_config="vae_fp16_fix",
-            int8_excluded_shapes=SDXL_INT8_EXCLUDED,
+        SDXL,
+        # What eight bits lose on random weights says little of trained ones, unless these have outliers, too.
+        replace(
+            SDXL, name="sdxl-outliers", summary="SDXL with 1% of its transformers' channels scaled by 20", outliers=True
         ),
     )
 }

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from diffusion_fast import outliers
 from diffusion_fast.models import MODELS, PACKAGE, verify
 from diffusion_fast.optimizations import OPTIMIZATIONS, Build
 from diffusion_fast.spec import RunSpec
@@ -122,6 +123,8 @@ def _load(build: Build) -> Any:
         verify(Path(source), required=build.spec.weights == "embedded")
         pipe = pipeline_class.from_pretrained(source, dtype=dtype, use_safetensors=True, **parts)
         pipe.to(build.spec.device)
+    if build.model.outliers:
+        outliers.put_in(getattr(pipe, build.model.denoiser))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -58,6 +58,7 @@ class Model(_Json):
     guidance_scale: float
     prompt: str = "ghibli style, a fantasy landscape with castles"  # diffusion-fast's own
     small_world: bool = False  # paints the scenes of world.py, so that what it paints can be judged
+    outliers: bool = False  # a few channels are made much larger, as trained weights have them, see outliers.py
     hub_id: str = ""  # weights="pretrained"
     embedded: str = ""  # weights="embedded": a folder of this package, in diffusers format
     configs: str = ""  # weights="random": a folder of component configs under configs/
