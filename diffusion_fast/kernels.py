@@ -14,12 +14,15 @@ number: a NaN becomes some integer.
 """
 
 # No postponed annotations here: torch reads an operator's schema from them.
+from typing import Any
+
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 
 try:
     import triton
     import triton.language as tl
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError as error:
     raise ImportError(
         "diffusion_fast.kernels needs Triton 3.6 or later (pip install 'triton>=3.6', on Linux)"
@@ -307,3 +310,479 @@ def _(x: torch.Tensor, dtype: torch.dtype) -> Quantized:
 @layer_norm_quantize_rows.register_fake
 def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype) -> Quantized:
     return _empty_rows(x, x.shape[-1], dtype)
+
+
+# Products. Both kernels have their tiles brought into shared memory by Hopper's copy engine (a "tensor descriptor" says
+# where from), which needs no registers, no address arithmetic and no masks: what lies outside a tensor arrives as zero.
+# It wants addresses and strides in multiples of 16 bytes. https://triton-lang.org/main/getting-started/tutorials/
+# 09-persistent-matmul.html has the pattern: an autotuner's hook writes each candidate's tile into the descriptors.
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def _candidates(hook: Any, *tried: tuple[int, int, int, int, int]) -> list[Any]:
+    """What is timed at the first call of a shape: the two sides of a tile, the bytes of its depth, warps, stages.
+
+    128 bytes of depth are a full row of shared memory's banks. Stages × (side + side) × depth has to stay below
+    227 KiB, or half of that for two programs a multiprocessor. The interpreter has nothing to time and takes one small
+    tile.
+    """
+    return [
+        triton.Config(
+            {"FIRST": first, "SECOND": second, "DEPTH": depth}, num_warps=warps, num_stages=stages, pre_hook=hook
+        )
+        for first, second, depth, warps, stages in (((32, 32, 32, 4, 1),) if INTERPRETED else tried)
+    ]
+
+
+def _time(call: Any, quantiles: Any) -> Any:
+    """Milliseconds of a candidate: a fifth of Triton's own patience, of which every new shape would cost a second."""
+    return triton.testing.do_bench(call, warmup=5, rep=20, quantiles=quantiles)
+
+
+def _set_matmul_tiles(arguments: dict[str, Any]) -> None:
+    for name, side in (("q", "FIRST"), ("w", "SECOND")):
+        depth = arguments["DEPTH"] // arguments[name].base.element_size()
+        arguments[name].block_shape = [arguments[side], depth]
+
+
+@triton.autotune(
+    configs=_candidates(
+        _set_matmul_tiles,
+        (128, 256, 128, 8, 4),
+        (256, 128, 128, 8, 4),
+        (128, 128, 128, 4, 4),
+        (128, 128, 128, 4, 3),
+        (128, 64, 128, 4, 4),
+        (64, 128, 128, 4, 4),
+        (64, 64, 128, 4, 6),
+    ),
+    key=["ROWS", "OUT", "IN", "INTEGER"],
+    do_bench=_time,
+)
+@triton.jit
+def _matmul_kernel(
+    q, w, scale_q, scale_w, bias, out, ROWS, OUT, IN,
+    INTEGER: tl.constexpr, BIASED: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """q (ROWS, IN) and w (OUT, IN) of 8 bits → out (ROWS, OUT), a tile of FIRST rows and SECOND columns a program."""
+    # Eight tiles of rows by all of columns, then the next eight: what programs beside each other read stays in cache.
+    program, across = tl.program_id(0), tl.cdiv(OUT, SECOND)
+    group = program // (8 * across)
+    rows_in_group = tl.minimum(tl.cdiv(ROWS, FIRST) - group * 8, 8)
+    first = (group * 8 + program % (8 * across) % rows_in_group) * FIRST
+    second = program % (8 * across) // rows_in_group * SECOND
+    accumulator: tl.constexpr = tl.int32 if INTEGER else tl.float32
+    total = tl.zeros((FIRST, SECOND), dtype=accumulator)
+    for depth in range(0, IN, DEPTH):
+        total = tl.dot(q.load([first, depth]), w.load([second, depth]).T, total, out_dtype=accumulator)
+    row, column = first + tl.arange(0, FIRST), second + tl.arange(0, SECOND)
+    scaled = total.to(tl.float32) * tl.load(scale_q + row, mask=row < ROWS)[:, None]
+    scaled *= tl.load(scale_w + column, mask=column < OUT)[None, :]
+    if BIASED:
+        scaled += tl.load(bias + column, mask=column < OUT).to(tl.float32)[None, :]
+    at = out + row.to(tl.int64)[:, None] * OUT + column[None, :]
+    tl.store(at, scaled.to(out.dtype.element_ty), mask=(row < ROWS)[:, None] & (column < OUT)[None, :])
+
+
+def _described(tensor: torch.Tensor) -> TensorDescriptor:
+    """A descriptor of a contiguous tensor, whose tile the autotuner's hook will fill in.
+
+    Strides are computed: torch leaves open what that of a dimension of one is, the copy engine doesn't.
+    """
+    strides = [tensor.shape[i + 1 :].numel() for i in range(tensor.ndim)]
+    return TensorDescriptor(tensor, list(tensor.shape), strides, [1] * tensor.ndim)
+
+
+def _check_matmul(q: torch.Tensor, w: torch.Tensor) -> None:
+    if q.dtype != w.dtype or q.dtype not in LARGEST:
+        raise ValueError(f"a product of {q.dtype} and {w.dtype}: both have to be {' or both '.join(map(str, LARGEST))}")
+    if w.ndim != 2 or q.shape[-1] != w.shape[1]:
+        raise ValueError(f"a product of {tuple(q.shape)} by {tuple(w.shape)}: rows of both have to be equally long")
+
+
+def launch_scaled_matmul(
+    q: torch.Tensor,
+    w: torch.Tensor,
+    scale_q: torch.Tensor,
+    scale_w: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """`scaled_matmul` on a GPU: fp8 to bf16 by torch's own kernel, all else by the Triton kernel."""
+    _check_matmul(q, w)
+    columns = w.shape[0]
+    if q.dtype == torch.float8_e4m3fn and out_dtype == torch.bfloat16 and columns % 16 == 0 and q.is_cuda:
+        # CUTLASS's row-wise kernel. It writes bf16 only, with a bias in bf16, and wants w by columns.
+        bias = None if bias is None else bias.to(torch.bfloat16)
+        flat = q.reshape(-1, q.shape[-1])
+        made = torch._scaled_mm(flat, w.t(), scale_q, scale_w, bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+        return made.reshape(*q.shape[:-1], columns)
+    return launch_triton_matmul(q, w, scale_q, scale_w, bias, out_dtype)
+
+
+def launch_triton_matmul(
+    q: torch.Tensor,
+    w: torch.Tensor,
+    scale_q: torch.Tensor,
+    scale_w: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """`scaled_matmul` by its Triton kernel. ValueError where the copy engine can't read the rows."""
+    _check_matmul(q, w)
+    columns, depth = w.shape
+    if depth % 16:
+        raise ValueError(f"a product of rows of {depth} bytes: they have to be a multiple of 16")
+    out = torch.empty((*q.shape[:-1], columns), dtype=out_dtype, device=q.device)
+    if out.numel():
+        flat = q.reshape(-1, depth).contiguous()
+
+        def programs(chosen: dict[str, Any]) -> tuple[int]:
+            return (triton.cdiv(len(flat), chosen["FIRST"]) * triton.cdiv(columns, chosen["SECOND"]),)
+
+        _matmul_kernel[programs](
+            _described(flat), _described(w.contiguous()), scale_q.contiguous(), scale_w.contiguous(), bias, out,
+            len(flat), columns, depth, INTEGER=q.dtype == torch.int8, BIASED=bias is not None,
+        )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("diffusion_fast::scaled_matmul", mutates_args=(), device_types="cpu")
+def scaled_matmul(
+    q: torch.Tensor,
+    w: torch.Tensor,
+    scale_q: torch.Tensor,
+    scale_w: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """A linear layer of quantized rows and weights: q (..., in), w (out, in) → (..., out) in `out_dtype`.
+
+    q and w are both torch.float8_e4m3fn or both torch.int8 (else ValueError), w by rows as torch.nn.Linear has it;
+    scale_q (rows, 1) and scale_w (1, out) in fp32, bias (out,) or None. What is accumulated (int32, exact; for fp8
+    fp32) is scaled before it is written: (q @ w.T) * scale_q * scale_w + bias. On a GPU `in` is a multiple of 16, the
+    number of rows any.
+    """
+    _check_matmul(q, w)
+    wide = torch.float64 if q.dtype == torch.int8 else torch.float32  # exact for integers, and faster than int32
+    product = (q.reshape(-1, q.shape[-1]).to(wide) @ w.to(wide).t()).float() * scale_q * scale_w
+    if bias is not None:
+        product += bias.float()
+    return product.to(out_dtype).reshape(*q.shape[:-1], len(w))
+
+
+scaled_matmul.register_kernel("cuda")(launch_scaled_matmul)
+
+
+@scaled_matmul.register_fake
+def _(
+    q: torch.Tensor,
+    w: torch.Tensor,
+    scale_q: torch.Tensor,
+    scale_w: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    _check_matmul(q, w)
+    return torch.empty((*q.shape[:-1], w.shape[0]), dtype=out_dtype, device=q.device)
+
+
+# Images. A sum over nine neighbouring pixels can't be scaled back by a scale for each pixel: an image has one.
+#
+# Two launches rather than an atomic maximum: nothing has to be set to zero first, and the second one reads the parts'
+# maxima, at most 4 KiB, from cache.
+
+MOST_PARTS = 1024
+
+
+@triton.jit
+def _image_amax_kernel(x_ptr, parts_ptr, SIZE, PART, BLOCK: tl.constexpr):
+    """The largest |x| of each part of each image: program (part, image); a PART is a whole number of BLOCKs."""
+    part, image = tl.program_id(0), tl.program_id(1)
+    x_ptr += image.to(tl.int64) * SIZE
+    largest = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(part * PART, tl.minimum((part + 1) * PART, SIZE), BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        largest = tl.maximum(largest, tl.abs(tl.load(x_ptr + at, mask=at < SIZE, other=0.0).to(tl.float32)))
+    tl.store(parts_ptr + image * tl.num_programs(0) + part, tl.max(largest))
+
+
+@triton.jit
+def _quantize_image_kernel(
+    x_ptr, parts_ptr, q_ptr, scale_ptr, SIZE, PARTS, MOST_PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    """Program (block, image): every one finds the image's scale again, which is quicker than a third launch."""
+    block, image = tl.program_id(0), tl.program_id(1)
+    part = tl.arange(0, MOST_PARTS)
+    amax = tl.max(tl.load(parts_ptr + image * PARTS + part, mask=part < PARTS, other=0.0))
+    scale, inverse = _scale_of(amax, LARGEST, SMALLEST)
+    if block == 0:
+        tl.store(scale_ptr + image, scale)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    offset = image.to(tl.int64) * SIZE
+    x = _read_masked(x_ptr + offset + at, at < SIZE)
+    tl.store(q_ptr + offset + at, _rounded(x * inverse, q_ptr.dtype.element_ty), mask=at < SIZE)
+
+
+def _channels_last(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _empty_images(x: torch.Tensor, dtype: torch.dtype) -> Quantized:
+    _largest(dtype)
+    q = torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=torch.channels_last)
+    return q, torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+
+
+def launch_quantize_image(x: torch.Tensor, dtype: torch.dtype) -> Quantized:
+    """`quantize_image` by its Triton kernels."""
+    q, scale = _empty_images(x, dtype)
+    if q.numel():
+        images, size = x.shape[0], x[0].numel()
+        block = 256 if INTERPRETED else 4096  # 16 numbers a thread
+        part = block * triton.cdiv(triton.cdiv(size, block), MOST_PARTS)
+        count = triton.cdiv(size, part)
+        x = _channels_last(x)
+        parts = torch.empty((images, count), dtype=torch.float32, device=x.device)
+        _image_amax_kernel[(count, images)](x, parts, size, part, BLOCK=block, num_warps=8)
+        _quantize_image_kernel[(triton.cdiv(size, block), images)](
+            x, parts, q, scale, size, count, MOST_PARTS=MOST_PARTS, BLOCK=block, num_warps=8, **_limits(dtype)
+        )
+    return q, scale
+
+
+@torch.library.custom_op("diffusion_fast::quantize_image", mutates_args=(), device_types="cpu")
+def quantize_image(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each image by a scale of its own: x (images, channels, height, width) → q of its shape, scale (images,), fp32.
+
+    x is bf16, fp16 or fp32 and best in torch.channels_last, which q always is (else it is copied first); `dtype` is
+    torch.float8_e4m3fn or torch.int8 (else ValueError).
+    """
+    made, scale = _quantize(x.float(), x.float().abs().amax((1, 2, 3), keepdim=True), dtype)
+    q, _ = _empty_images(x, dtype)
+    return q.copy_(made), scale.flatten()
+
+
+quantize_image.register_kernel("cuda")(launch_quantize_image)
+
+
+@quantize_image.register_fake
+def _(x: torch.Tensor, dtype: torch.dtype) -> Quantized:
+    return _empty_images(x, dtype)
+
+
+def quantize_filters(w: torch.Tensor, dtype: torch.dtype) -> Quantized:
+    """A convolution's weights, each output channel by a scale of its own, as `convolution_nhwc` takes them.
+
+    w (out, in, height, width) → q of its shape in torch.channels_last, scale (out,) in fp32. Done once, beforehand.
+    """
+    filters = _channels_last(w).permute(0, 2, 3, 1)
+    q, scale = quantize_rows(filters.reshape(len(w), -1), dtype)
+    return q.reshape(filters.shape).permute(0, 3, 1, 2), scale.flatten()
+
+
+# A convolution as a product (implicit GEMM, https://arxiv.org/abs/1410.0759): output channels by pixels, summed over
+# taps (the kernel's positions) and input channels. A tile of output pixels is TILE_WIDTH wide; what one tap needs for
+# it is the same rectangle of the input, shifted, and one transfer for the copy engine: its corner may be at -1, and
+# what lies outside arrives as zero, which is the padding. So no address is ever computed for a pixel.
+#
+# With a stride of two every second pixel is needed. The descriptor shows the input (images, height, width, channels) as
+# (images, height / 2, 2, width / 2, 2 * channels), the same memory: even and odd rows by the third index, even and
+# odd columns by the channel's, so that the rectangle is without gaps again.
+#
+# Output channels are the product's first side: the second may be a reshaped tile and stay in shared memory; the first
+# would go through registers.
+
+
+def _set_convolution_tiles(arguments: dict[str, Any]) -> None:
+    depth, width = arguments["DEPTH"] // arguments["ITEM"], arguments["TILE_WIDTH"]
+    arguments["x"].block_shape = [1, arguments["SECOND"] // width, 1, width, depth]
+    arguments["w"].block_shape = [arguments["FIRST"], depth]
+
+
+def _whole_channels(candidates: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
+    """With a stride, channels beyond the last are those of the next column, not zero: none may be read."""
+    depths = [(each, each.kwargs["DEPTH"] // constants["ITEM"]) for each in candidates]
+    return [each for each, depth in depths if constants["STRIDE"] == 1 or arguments["CHANNELS"] % depth == 0]
+
+
+@triton.autotune(
+    configs=_candidates(
+        _set_convolution_tiles,
+        (128, 256, 128, 8, 4),
+        (128, 128, 128, 4, 3),
+        (128, 128, 64, 4, 6),
+        (64, 256, 128, 4, 4),
+        (64, 128, 128, 4, 4),
+        (64, 128, 64, 4, 6),
+        (128, 64, 128, 4, 4),
+    ),
+    key=["IMAGES", "HEIGHT", "WIDTH", "CHANNELS", "OUT", "TAPS", "STRIDE", "INTEGER", "ITEM"],
+    prune_configs_by={"early_config_prune": _whole_channels},
+    do_bench=_time,
+)
+@triton.jit
+def _convolution_kernel(
+    x, w, scale, scale_w, bias, residual, out, IMAGES, HEIGHT, WIDTH, CHANNELS, OUT,
+    TAPS: tl.constexpr, ACROSS: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
+    INTEGER: tl.constexpr, ITEM: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
+    TILE_WIDTH: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    """x (IMAGES, input's height / STRIDE, STRIDE, input's width / STRIDE, STRIDE * CHANNELS), w (OUT, TAPS * CHANNELS)
+    → out (IMAGES, HEIGHT, WIDTH, OUT): a tile of FIRST channels and SECOND pixels a program."""
+    BLOCK: tl.constexpr = DEPTH // ITEM
+    TILE_HEIGHT: tl.constexpr = SECOND // TILE_WIDTH
+    # Channels first: programs beside each other read the same pixels.
+    program, channel_tiles = tl.program_id(0), tl.cdiv(OUT, FIRST)
+    first, tile = program % channel_tiles * FIRST, program // channel_tiles
+    wide, high = tl.cdiv(WIDTH, TILE_WIDTH), tl.cdiv(HEIGHT, TILE_HEIGHT)
+    left, top, image = tile % wide * TILE_WIDTH, tile // wide % high * TILE_HEIGHT, tile // wide // high
+
+    accumulator: tl.constexpr = tl.int32 if INTEGER else tl.float32
+    total = tl.zeros((FIRST, SECOND), dtype=accumulator)
+    blocks = tl.cdiv(CHANNELS, BLOCK)
+    for step in range(0, TAPS * blocks):
+        tap, channel = step // blocks, step % blocks * BLOCK
+        # Where the tap is, in input pixels from the tile's corner, less PADDING * STRIDE so as not to divide negatives.
+        down, right = tap // ACROSS + PADDING * (STRIDE - 1), tap % ACROSS + PADDING * (STRIDE - 1)
+        corner = [
+            image, top + down // STRIDE - PADDING, down % STRIDE,
+            left + right // STRIDE - PADDING, right % STRIDE * CHANNELS + channel,
+        ]  # fmt: skip
+        pixels = x.load(corner).reshape(SECOND, BLOCK)
+        # A last block of channels reaches into the next tap's weights, but meets zeros in `pixels`.
+        total = tl.dot(w.load([first, tap * CHANNELS + channel]), pixels.T, total, out_dtype=accumulator)
+
+    channel = first + tl.arange(0, FIRST)
+    pixel = tl.arange(0, SECOND)
+    y, across = top + pixel // TILE_WIDTH, left + pixel % TILE_WIDTH
+    scaled = total.to(tl.float32)
+    if SCALED:
+        scaled *= tl.load(scale + image) * tl.load(scale_w + channel, mask=channel < OUT, other=0.0)[:, None]
+    if BIASED:
+        scaled += tl.load(bias + channel, mask=channel < OUT, other=0.0).to(tl.float32)[:, None]
+    at = ((image.to(tl.int64) * HEIGHT + y) * WIDTH + across)[:, None] * OUT + channel[None, :]
+    mask = ((y < HEIGHT) & (across < WIDTH))[:, None] & (channel < OUT)[None, :]
+    if ADDED:
+        made = scaled.T + tl.load(residual + at, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + at, made.to(out.dtype.element_ty), mask=mask)
+    else:  # turned in the type that is written: half the traffic
+        tl.store(out + at, scaled.to(out.dtype.element_ty).T, mask=mask)
+
+
+CONVOLVED = (torch.int8, torch.float8_e4m3fn, torch.bfloat16, torch.float16)
+
+
+def _convolved_shape(x: torch.Tensor, w: torch.Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:
+    if x.dtype != w.dtype or x.dtype not in CONVOLVED:
+        raise ValueError(
+            f"a convolution of {x.dtype} by {w.dtype}: both have to be one of {', '.join(map(str, CONVOLVED))}"
+        )
+    if x.shape[1] != w.shape[1]:
+        raise ValueError(f"a convolution of {x.shape[1]} channels by weights for {w.shape[1]}: groups are not known")
+    height, width = ((x.shape[i] + 2 * padding - w.shape[i]) // stride + 1 for i in (2, 3))
+    return x.shape[0], w.shape[0], height, width
+
+
+def _check_copied(x: torch.Tensor, stride: int) -> None:
+    """ValueError where the copy engine can't read the image."""
+    channels, item = x.shape[1], x.element_size()
+    if channels * item % 16:
+        raise ValueError(f"a convolution of {channels} channels: they have to fill a multiple of 16 bytes")
+    depth = min(each.kwargs["DEPTH"] for each in _convolution_kernel.configs) // item
+    if stride > 1 and (x.shape[2] % stride or x.shape[3] % stride or channels % depth):
+        raise ValueError(
+            f"a convolution of {channels} channels, {x.shape[2]}×{x.shape[3]} pixels, with stride {stride}: it takes "
+            f"multiples of {depth} channels and of {stride} pixels"
+        )
+
+
+def launch_convolution_nhwc(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor | None,
+    scale_w: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stride: int,
+    padding: int,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """`convolution_nhwc` by its Triton kernel. ValueError where the copy engine can't read the image."""
+    images, columns, height, width = shape = _convolved_shape(x, w, stride, padding)
+    _check_copied(x, stride)
+    out = torch.empty(shape, dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
+    if not out.numel():
+        return out
+    pixels = _channels_last(x).permute(0, 2, 3, 1)
+    seen = pixels.reshape(images, x.shape[2] // stride, stride, x.shape[3] // stride, stride * x.shape[1])
+    weights = _channels_last(w).permute(0, 2, 3, 1).reshape(columns, -1)
+    residual = None if residual is None else _channels_last(residual)
+    tile_width = min(16, triton.next_power_of_2(width))
+
+    def programs(chosen: dict[str, Any]) -> tuple[int]:
+        tiles = triton.cdiv(width, tile_width) * triton.cdiv(height, chosen["SECOND"] // tile_width)
+        return (images * tiles * triton.cdiv(columns, chosen["FIRST"]),)
+
+    assert seen.is_contiguous() and weights.is_contiguous()  # as permuted from channels_last
+    _convolution_kernel[programs](
+        _described(seen), _described(weights), scale, scale_w, bias, residual, out,
+        images, height, width, x.shape[1], columns,
+        TAPS=w.shape[2] * w.shape[3], ACROSS=w.shape[3], STRIDE=stride, PADDING=padding,
+        INTEGER=x.dtype == torch.int8, ITEM=x.element_size(), SCALED=scale is not None, BIASED=bias is not None,
+        ADDED=residual is not None, TILE_WIDTH=tile_width,
+    )  # fmt: skip
+    return out
+
+
+@torch.library.custom_op("diffusion_fast::convolution_nhwc", mutates_args=(), device_types="cpu")
+def convolution_nhwc(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor | None,
+    scale_w: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stride: int,
+    padding: int,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """A 2D convolution: x (images, in, height, width), w (out, in, kernel height, kernel width) → (images, out, ...).
+
+    x and w are both torch.float8_e4m3fn, torch.int8, bf16 or fp16 (else ValueError), x as `quantize_image` makes it;
+    scale (images,) and scale_w (out,) in fp32, both None for what isn't quantized. bias is (out,) or None, residual of
+    the result's shape or None, and added at the end. Everything is best in torch.channels_last, which the result is.
+    What is accumulated (int32, exact; else fp32) is scaled before it is written. On a GPU `in` fills a multiple of 16
+    bytes; a stride beyond 1 divides height and width, and wants `in` to fill a multiple of 64 bytes.
+    """
+    shape = _convolved_shape(x, w, stride, padding)
+    wide = torch.float64 if x.dtype == torch.int8 else torch.float32
+    made = F.conv2d(x.to(wide), w.to(wide), stride=stride, padding=padding).float()
+    if scale is not None and scale_w is not None:
+        made *= scale[:, None, None, None] * scale_w[:, None, None]
+    if bias is not None:
+        made += bias.float()[:, None, None]
+    if residual is not None:
+        made += residual
+    return torch.empty(shape, dtype=out_dtype, device=x.device, memory_format=torch.channels_last).copy_(made)
+
+
+convolution_nhwc.register_kernel("cuda")(launch_convolution_nhwc)
+
+
+@convolution_nhwc.register_fake
+def _(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor | None,
+    scale_w: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    stride: int,
+    padding: int,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    shape = _convolved_shape(x, w, stride, padding)
+    return torch.empty(shape, dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
