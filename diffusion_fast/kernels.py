@@ -360,7 +360,7 @@ def _set_matmul_tiles(arguments: dict[str, Any]) -> None:
     key=["ROWS", "OUT", "IN", "INTEGER"],
     do_bench=_time,
 )
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS", "IN"])  # machine code for these, too, would only be compiled more often
 def _matmul_kernel(
     q, w, scale_q, scale_w, bias, out, ROWS, OUT, IN,
     INTEGER: tl.constexpr, BIASED: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, DEPTH: tl.constexpr,
@@ -623,7 +623,7 @@ def _whole_channels(candidates: list[Any], arguments: dict[str, Any], **constant
     prune_configs_by={"early_config_prune": _whole_channels},
     do_bench=_time,
 )
-@triton.jit
+@triton.jit(do_not_specialize=["IMAGES", "HEIGHT", "WIDTH", "CHANNELS"])
 def _convolution_kernel(
     x, w, scale, scale_w, bias, residual, out, IMAGES, HEIGHT, WIDTH, CHANNELS, OUT,
     TAPS: tl.constexpr, ACROSS: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
