@@ -29,6 +29,7 @@ except ImportError as error:
     ) from error
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+CONVOLVED = (*LARGEST, torch.bfloat16, torch.float16)
 SMALLEST_SCALE = 2.0**-100  # for what is all zero: 1 / scale has to be a number
 Quantized = tuple[torch.Tensor, torch.Tensor]
 
@@ -215,6 +216,12 @@ def _layer_norm_quantize_rows_kernel(
     _store_row(q_ptr, scale_ptr, row, head, tail, COLUMNS, HEAD, TAIL, LARGEST, SMALLEST)
 
 
+def _check_length(what: str, tensor: torch.Tensor, length: int) -> None:
+    """A kernel would read beyond what is too short."""
+    if tensor.numel() != length:
+        raise ValueError(f"{what} has {tensor.numel()} numbers: {length} are needed")
+
+
 def _limits(dtype: torch.dtype) -> dict[str, float]:
     return {"LARGEST": _largest(dtype), "SMALLEST": SMALLEST_SCALE}
 
@@ -242,6 +249,8 @@ def launch_layer_norm_quantize_rows(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dtype: torch.dtype
 ) -> Quantized:
     """`layer_norm_quantize_rows` by its Triton kernel. A copy is made of an x that isn't contiguous."""
+    _check_length("the layer norm's weight", weight, x.shape[-1])
+    _check_length("the layer norm's bias", bias, x.shape[-1])
     q, scale = _empty_rows(x, x.shape[-1], dtype)
     if q.numel():
         _layer_norm_quantize_rows_kernel[(len(scale),)](
@@ -394,11 +403,17 @@ def _described(tensor: torch.Tensor) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), strides, [1] * tensor.ndim)
 
 
-def _check_matmul(q: torch.Tensor, w: torch.Tensor) -> None:
+def _check_matmul(
+    q: torch.Tensor, w: torch.Tensor, scale_q: torch.Tensor, scale_w: torch.Tensor, bias: torch.Tensor | None
+) -> None:
     if q.dtype != w.dtype or q.dtype not in LARGEST:
         raise ValueError(f"a product of {q.dtype} and {w.dtype}: both have to be {' or both '.join(map(str, LARGEST))}")
     if w.ndim != 2 or q.shape[-1] != w.shape[1]:
         raise ValueError(f"a product of {tuple(q.shape)} by {tuple(w.shape)}: rows of both have to be equally long")
+    _check_length("scale_q", scale_q, q.shape[:-1].numel())
+    _check_length("scale_w", scale_w, w.shape[0])
+    if bias is not None:
+        _check_length("the bias", bias, w.shape[0])
 
 
 def launch_scaled_matmul(
@@ -410,7 +425,7 @@ def launch_scaled_matmul(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """`scaled_matmul` on a GPU: fp8 to bf16 by torch's own kernel, all else by the Triton kernel."""
-    _check_matmul(q, w)
+    _check_matmul(q, w, scale_q, scale_w, bias)
     columns = w.shape[0]
     if q.dtype == torch.float8_e4m3fn and out_dtype == torch.bfloat16 and columns % 16 == 0 and q.is_cuda:
         # CUTLASS's row-wise kernel. It writes bf16 only, with a bias in bf16, and wants w by columns.
@@ -430,7 +445,7 @@ def launch_triton_matmul(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """`scaled_matmul` by its Triton kernel. ValueError where the copy engine can't read the rows."""
-    _check_matmul(q, w)
+    _check_matmul(q, w, scale_q, scale_w, bias)
     columns, depth = w.shape
     if depth % 16:
         raise ValueError(f"a product of rows of {depth} bytes: they have to be a multiple of 16")
@@ -464,7 +479,7 @@ def scaled_matmul(
     fp32) is scaled before it is written: (q @ w.T) * scale_q * scale_w + bias. On a GPU `in` is a multiple of 16, the
     number of rows any.
     """
-    _check_matmul(q, w)
+    _check_matmul(q, w, scale_q, scale_w, bias)
     wide = torch.float64 if q.dtype == torch.int8 else torch.float32  # exact for integers, and faster than int32
     product = (q.reshape(-1, q.shape[-1]).to(wide) @ w.to(wide).t()).float() * scale_q * scale_w
     if bias is not None:
@@ -484,7 +499,7 @@ def _(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    _check_matmul(q, w)
+    _check_matmul(q, w, scale_q, scale_w, bias)
     return torch.empty((*q.shape[:-1], w.shape[0]), dtype=out_dtype, device=q.device)
 
 
@@ -672,9 +687,6 @@ def _convolution_kernel(
         tl.store(out + at, scaled.to(out.dtype.element_ty).T, mask=mask)
 
 
-CONVOLVED = (torch.int8, torch.float8_e4m3fn, torch.bfloat16, torch.float16)
-
-
 def _convolved_shape(x: torch.Tensor, w: torch.Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:
     if x.dtype != w.dtype or x.dtype not in CONVOLVED:
         raise ValueError(
@@ -713,6 +725,13 @@ def launch_convolution_nhwc(
     """`convolution_nhwc` by its Triton kernel. ValueError where the copy engine can't read the image."""
     images, columns, height, width = shape = _convolved_shape(x, w, stride, padding)
     _check_copied(x, stride)
+    if (scale is None) != (scale_w is None):
+        raise ValueError("a convolution has a scale for its images and one for its weights, or neither")
+    for name, given, length in (("scale", scale, images), ("scale_w", scale_w, columns), ("the bias", bias, columns)):
+        if given is not None:
+            _check_length(name, given, length)
+    if residual is not None:
+        _check_length("the residual", residual, torch.Size(shape).numel())
     out = torch.empty(shape, dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
     if not out.numel():
         return out

@@ -219,11 +219,15 @@ def test_products_keep_leading_dimensions(dtype: torch.dtype) -> None:
 def test_products_that_cant_be_are_refused() -> None:
     q, one = torch.ones(4, 24, dtype=torch.int8), torch.ones(1, 1)
     with pytest.raises(ValueError, match="rows of 24 bytes"):
-        kernels.launch_triton_matmul(q, q, one, one, None, torch.bfloat16)
+        kernels.launch_triton_matmul(q, q, torch.ones(4, 1), torch.ones(1, 4), None, torch.bfloat16)
     with pytest.raises(ValueError, match=r"a product of torch\.int8 and torch\.float32"):
         kernels.scaled_matmul(q, q.float(), one, one, None, torch.bfloat16)
     with pytest.raises(ValueError, match=r"\(4, 24\) by \(4, 8\)"):
         kernels.scaled_matmul(q, q[:, :8], one, one, None, torch.bfloat16)
+    with pytest.raises(ValueError, match="scale_q has 1 numbers: 4 are needed"):
+        kernels.scaled_matmul(q, q, one, one, None, torch.bfloat16)
+    with pytest.raises(ValueError, match="norm's weight has 24 numbers: 8"):
+        kernels.launch_layer_norm_quantize_rows(torch.ones(2, 8), torch.ones(24), torch.ones(8), 1e-5, torch.int8)
 
 
 @DTYPES
@@ -308,10 +312,15 @@ def test_convolutions_that_cant_be_are_refused() -> None:
     x, w = torch.ones(1, 8, 5, 6, dtype=torch.int8), torch.ones(4, 8, 3, 3, dtype=torch.int8)
     with pytest.raises(ValueError, match="8 channels: they have to fill"):
         convolve(x, w, 1)
-    with pytest.raises(ValueError, match=r"one of torch\.int8"):
+    with pytest.raises(ValueError, match=r"one of torch\.float8_e4m3fn, torch\.int8, "):
         convolve(x, w.float(), 1)
     with pytest.raises(ValueError, match="weights for 16"):
         convolve(x, w.repeat(1, 2, 1, 1), 1)
+    x16, w16, one = x.repeat(1, 2, 1, 1), w.repeat(1, 2, 1, 1), torch.ones(1)
+    with pytest.raises(ValueError, match="or neither"):
+        kernels.launch_convolution_nhwc(x16, w16, one, None, None, None, 1, 1, torch.bfloat16)
+    with pytest.raises(ValueError, match="scale_w has 1 numbers: 4"):
+        kernels.launch_convolution_nhwc(x16, w16, one, one, None, None, 1, 1, torch.bfloat16)
     with pytest.raises(ValueError, match="5×6 pixels, with stride 2"):
         convolve(x.repeat(1, 4, 1, 1), w.repeat(1, 4, 1, 1), 2)
 
