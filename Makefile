@@ -11,8 +11,9 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 ladder: .venv/ready
 	$(BIN)/mlflow run . -e ladder --env-manager local --experiment-name diffusion_fast -P model=$(MODEL) $(ARGS)
 
-test: .venv/ready
+test: .venv/ready .venv/triton/ready
 	$(BIN)/pytest
+	PYTHONPATH=.venv/triton $(BIN)/pytest tests/test_kernels_hopper.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -30,6 +31,11 @@ bench: .venv/ready
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
+	touch $@
+
+# What the kernels are tested with. It stays out of the environment that measures: torch brings its own for a GPU.
+.venv/triton/ready: .venv/ready
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target .venv/triton triton==3.6.0
 	touch $@
 
 clean:

@@ -10,6 +10,9 @@ from diffusers.models.attention import FeedForward
 
 from diffusion_fast import operators
 
+if torch.version.cuda is not None:
+    import diffusion_fast.kernels  # noqa: F401 - CUDA tensors go to them from here on
+
 FORMATS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 

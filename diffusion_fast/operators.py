@@ -17,6 +17,8 @@ import torch.nn.functional as F  # noqa: N812 - its usual name
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 
+CONVOLVED = (*LARGEST, torch.bfloat16, torch.float16)
+
 SMALLEST_SCALE = 2.0**-100  # for what is all zero: 1 / scale has to be a number
 
 Quantized = tuple[torch.Tensor, torch.Tensor]
@@ -48,6 +50,12 @@ def empty_rows(x: torch.Tensor, columns: int, dtype: torch.dtype) -> Quantized:
     largest(dtype)
     q = torch.empty((*x.shape[:-1], columns), dtype=dtype, device=x.device)
     return q, torch.empty((x.shape[:-1].numel(), 1), dtype=torch.float32, device=x.device)
+
+
+def check_length(what: str, tensor: torch.Tensor, length: int) -> None:
+    """A kernel would read beyond what is too short."""
+    if tensor.numel() != length:
+        raise ValueError(f"{what} has {tensor.numel()} numbers: {length} are needed")
 
 
 def half_of(x: torch.Tensor) -> int:
@@ -106,11 +114,17 @@ def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dty
     return empty_rows(x, x.shape[-1], dtype)
 
 
-def check_matmul(q: torch.Tensor, w: torch.Tensor) -> None:
+def check_matmul(
+    q: torch.Tensor, w: torch.Tensor, scale_q: torch.Tensor, scale_w: torch.Tensor, bias: torch.Tensor | None
+) -> None:
     if q.dtype != w.dtype or q.dtype not in LARGEST:
         raise ValueError(f"a product of {q.dtype} and {w.dtype}: both have to be {' or both '.join(map(str, LARGEST))}")
     if w.ndim != 2 or q.shape[-1] != w.shape[1]:
         raise ValueError(f"a product of {tuple(q.shape)} by {tuple(w.shape)}: rows of both have to be equally long")
+    check_length("scale_q", scale_q, q.shape[:-1].numel())
+    check_length("scale_w", scale_w, w.shape[0])
+    if bias is not None:
+        check_length("the bias", bias, w.shape[0])
 
 
 @torch.library.custom_op("diffusion_fast::scaled_matmul", mutates_args=(), device_types="cpu")
@@ -129,7 +143,7 @@ def scaled_matmul(
     fp32) is scaled before it is written: (q @ w.T) * scale_q * scale_w + bias. On a GPU `in` is a multiple of 16, the
     number of rows any.
     """
-    check_matmul(q, w)
+    check_matmul(q, w, scale_q, scale_w, bias)
     wide = torch.float64 if q.dtype == torch.int8 else torch.float32  # exact for integers, and faster than int32
     product = (q.reshape(-1, q.shape[-1]).to(wide) @ w.to(wide).t()).float() * scale_q * scale_w
     if bias is not None:
@@ -146,7 +160,7 @@ def _(
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
-    check_matmul(q, w)
+    check_matmul(q, w, scale_q, scale_w, bias)
     return torch.empty((*q.shape[:-1], w.shape[0]), dtype=out_dtype, device=q.device)
 
 
@@ -185,9 +199,6 @@ def quantize_filters(w: torch.Tensor, dtype: torch.dtype) -> Quantized:
     filters = channels_last(w).permute(0, 2, 3, 1)
     q, scale = quantize_rows(filters.reshape(len(w), -1), dtype)
     return q.reshape(filters.shape).permute(0, 3, 1, 2), scale.flatten()
-
-
-CONVOLVED = (torch.int8, torch.float8_e4m3fn, torch.bfloat16, torch.float16)
 
 
 def convolved_shape(x: torch.Tensor, w: torch.Tensor, stride: int, padding: int) -> tuple[int, int, int, int]:

@@ -34,6 +34,8 @@ GRAPH = REGIONAL.plus("graph", "cuda_graph")
 HOST = GRAPH.plus("postprocessing", "device_postprocessing")
 CUDNN = HOST.plus("cudnn", "cudnn_benchmark")
 LOSSLESS = CUDNN.plus("layout", "no_layout_copies")
+FP8 = LOSSLESS.plus("fp8", "fp8_rows")
+INT8 = LOSSLESS.plus("int8", "int8_rows")
 
 # Less work for nearly the same picture, and beside it the plain recipe with fewer steps: its control.
 PLAIN = replace(LOSSLESS, name="plain")
@@ -46,7 +48,7 @@ AA = "aa"
 LADDERS: dict[str, tuple[Recipe, ...]] = {
     "progressive": PROGRESSIVE,
     "progressive-modes": (*PROGRESSIVE, *DEFAULT_MODE),
-    "fast": (BASELINE, DEFAULT_MODE[-1], REGIONAL, GRAPH, HOST, CUDNN, LOSSLESS),
+    "fast": (BASELINE, DEFAULT_MODE[-1], REGIONAL, GRAPH, HOST, CUDNN, LOSSLESS, FP8, INT8),
     "turbo": (
         PLAIN,
         *CONTROLS,

@@ -73,6 +73,12 @@ def named(path: Path) -> str:
 MODULES = {named(path): path for path in PACKAGE.rglob("*.py")}
 
 
+def test_without_triton_the_kernels_say_what_they_need() -> None:
+    statement = "import sys; sys.modules['triton'] = None; import diffusion_fast.kernels"
+    done = subprocess.run((sys.executable, "-c", statement), capture_output=True, text=True)
+    assert done.stderr.splitlines()[-1].startswith("ImportError: diffusion_fast.kernels needs Triton 3.6 or later")
+
+
 def test_only_tracking_imports_mlflow() -> None:
     importers = {
         name for name, path in MODULES.items() if any(each.partition(".")[0] == "mlflow" for each in imports_in(path))
@@ -85,7 +91,7 @@ def test_imports_go_one_way() -> None:
     order = [
         f"diffusion_fast.{name}"
         for name in (
-            "spec world models recipes inductor graphs operators eight_bits optimizations.registry "
+            "spec world models recipes inductor graphs operators kernels eight_bits optimizations.registry "
             "optimizations.numbers optimizations.layers optimizations.quantization optimizations.compilation "
             "optimizations.approximation optimizations plan spool rows fidelity measure watch environment draw "
             "judge accuracy outliers pipeline onestep sensitivity roofline profile worker launch saved_cache ladder "

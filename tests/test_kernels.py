@@ -1,0 +1,363 @@
+"""Triton kernels, run by Triton's interpreter on a CPU, against float64.
+
+    TRITON_INTERPRET=1 pytest tests/test_kernels.py
+
+The interpreter has to be chosen before Triton is imported, so that this is a process of its own. In any other process
+test_kernels_hopper.py starts it. What the interpreter can't tell is there too: whether the kernels compile for a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton isn't installed: the kernels are for GPUs, and for Linux")
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip(
+        "not in this process: test_kernels_hopper.py runs these with TRITON_INTERPRET=1", allow_module_level=True
+    )
+
+from diffusion_fast import kernels, operators
+from tests import interpreter
+
+interpreter.mend()
+
+DTYPES = pytest.mark.parametrize("dtype", operators.LARGEST, ids=str)
+FLOATS = pytest.mark.parametrize("of", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+RELATIVE = 2.0**-22  # what a few roundings in fp32 do to a number
+OPCHECKS = ("test_schema", "test_faketensor", "test_aot_dispatch_static")  # autograd isn't ours
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def awkward(rows: int, columns: int, of: torch.dtype, seed: int) -> torch.Tensor:
+    """Normal rows of different sizes; among them all zero, one huge number, all negative, tiny ones, ± the largest."""
+    x = torch.randn(rows, columns, generator=seeded(seed)) * torch.logspace(-3, 2, rows)[:, None]
+    x[0] = 0
+    if rows > 4:
+        x[1, columns // 2] = 3e4
+        x[2] = -x[2].abs()
+        x[3] = 1e-7
+        x[4, ::2], x[4, 1::2] = 60000.0, -60000.0
+    return x.to(of)
+
+
+def half_unit(scaled: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Half a unit in the last place of the 8-bit format, at numbers given in float64."""
+    if dtype == torch.int8:
+        return torch.full_like(scaled, 0.5)
+    exponent = torch.frexp(scaled)[1].double() - 1  # |scaled| = m * 2**exponent, 1 <= m < 2
+    return torch.exp2(exponent.clamp(min=-6) - 4)  # 3 bits of mantissa: a unit is 2**(exponent - 3)
+
+
+def assert_quantized(
+    made: operators.Quantized, exact: torch.Tensor, dtype: torch.dtype, slack: torch.Tensor | float = 0.0
+) -> None:
+    """That q and scale are the nearest there are to `exact` (float64), which itself was known up to `slack`."""
+    q, scale = made
+    assert q.dtype == dtype and q.shape == exact.shape and q.is_contiguous()
+    assert scale.dtype == torch.float32 and scale.shape == (exact.shape[:-1].numel(), 1)
+    exact = exact.reshape(len(scale), -1)
+    slack = slack.reshape(exact.shape) if isinstance(slack, torch.Tensor) else torch.full_like(exact, slack)
+    wanted = (exact.abs().amax(-1, keepdim=True) / operators.LARGEST[dtype]).clamp(min=operators.SMALLEST_SCALE)
+    off = slack.amax(-1, keepdim=True) / operators.LARGEST[dtype] + wanted * RELATIVE
+    assert ((scale.double() - wanted).abs() <= off).all()
+    scaled = exact / scale.double()
+    allowed = half_unit(scaled, dtype) + scaled.abs() * RELATIVE + slack / scale.double() * 1.01
+    assert ((q.reshape(exact.shape).double() - scaled).abs() <= allowed).all()
+
+
+SHAPES = ((1, 1), (3, 2), (5, 3), (7, 16), (5, 40), (9, 100), (6, 640), (2, 1280), (2, 5000), (154, 64))
+
+
+@DTYPES
+@FLOATS
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rows_are_quantized_to_the_nearest(shape: tuple[int, int], of: torch.dtype, dtype: torch.dtype) -> None:
+    x = awkward(*shape, of, seed=sum(shape))
+    made = kernels.launch_quantize_rows(x, dtype)
+    assert_quantized(made, x.double(), dtype)
+    q, scale = operators.quantize_rows(x, dtype)  # what it means, on a CPU: the same to the last bit
+    assert torch.equal(made[0].view(torch.uint8), q.view(torch.uint8)) and torch.equal(made[1], scale)
+
+
+@DTYPES
+@FLOATS
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_geglu_is_quantized_to_the_nearest(shape: tuple[int, int], of: torch.dtype, dtype: torch.dtype) -> None:
+    rows, columns = shape
+    x = awkward(rows, 2 * columns, of, seed=sum(shape))
+    if rows > 4:
+        x[4] *= 0.01  # its products are beyond fp16, not fp32: quantized they are fine, but not what is asked here
+    hidden, gate = x.double().chunk(2, -1)
+    exact = hidden * torch.nn.functional.gelu(gate)
+    # The kernel's GELU is within 6e-7, or the rounding of what is larger; the product rounds once more.
+    slack = hidden.abs() * (6e-7 + gate.abs() * RELATIVE)
+    assert_quantized(kernels.launch_geglu_quantize_rows(x, dtype), exact, dtype, slack)
+    assert_quantized(operators.geglu_quantize_rows(x, dtype), exact, dtype, slack)
+
+
+def test_gelu_is_exact_to_six_in_ten_million_everywhere() -> None:
+    gate = torch.cat(
+        [torch.linspace(-8, 8, 801), torch.logspace(1, 38, 38), -torch.logspace(1, 38, 38), torch.zeros(1)]
+    )
+    x = torch.stack([torch.ones_like(gate), gate], -1)  # rows of one column: the scale is the number itself
+    _, scale = kernels.launch_geglu_quantize_rows(x, torch.int8)
+    exact = torch.nn.functional.gelu(gate.double()).abs()
+    assert ((scale[:, 0].double() * 127 - exact).abs() <= 6e-7 + exact * RELATIVE).all()
+
+
+@DTYPES
+@FLOATS
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_layer_norm_is_quantized_to_the_nearest(shape: tuple[int, int], of: torch.dtype, dtype: torch.dtype) -> None:
+    rows, columns = shape
+    x = awkward(rows, columns, of, seed=sum(shape))
+    weight, bias = torch.randn(2, columns, generator=seeded(columns)).to(of)
+    exact = torch.nn.functional.layer_norm(x.double(), (columns,), weight.double(), bias.double(), 1e-5)
+    # fp32 statistics: a mean of numbers up to `largest` is off by that times a few roundings, and so are differences.
+    largest, spread = (
+        x.double().abs().amax(-1, keepdim=True),
+        (x.double().var(-1, correction=0, keepdim=True) + 1e-5).sqrt(),
+    )
+    slack = (
+        weight.double().abs() * (largest / spread + exact.abs() / weight.double().abs().clamp(min=1e-3)) + bias.abs()
+    )
+    slack = slack * 4e-7 * (1 + math.log2(columns))
+    assert_quantized(kernels.launch_layer_norm_quantize_rows(x, weight, bias, 1e-5, dtype), exact, dtype, slack)
+    assert_quantized(operators.layer_norm_quantize_rows(x, weight, bias, 1e-5, dtype), exact, dtype, slack)
+
+
+@DTYPES
+def test_rows_are_what_precedes_the_last_dimension(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 40, generator=seeded(0))
+    whole, flat = kernels.launch_quantize_rows(x, dtype), kernels.launch_quantize_rows(x.reshape(6, 40), dtype)
+    assert whole[0].shape == (2, 3, 40) and torch.equal(
+        whole[0].view(torch.int8).reshape(6, 40), flat[0].view(torch.int8)
+    )
+    turned = torch.randn(40, 6, generator=seeded(1)).t()  # not contiguous
+    made, plain = kernels.launch_quantize_rows(turned, dtype), operators.quantize_rows(turned, dtype)
+    assert torch.equal(made[0].view(torch.int8), plain[0].contiguous().view(torch.int8))
+    none = kernels.launch_geglu_quantize_rows(torch.empty(0, 8), dtype)
+    assert none[0].shape == (0, 4) and none[1].shape == (0, 1)
+
+
+def test_a_row_of_fp8_with_a_nan_is_all_nan_or_stays_one() -> None:
+    x = torch.ones(3, 8)
+    x[0, 3], x[1, 3] = math.nan, math.inf
+    q, scale = kernels.launch_quantize_rows(x, torch.float8_e4m3fn)
+    back = q.float() * scale
+    assert back[0, 3].isnan() and back[1].isnan().all() and torch.equal(back[2], x[2])
+
+
+def test_other_formats_and_odd_halves_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"torch\.float8_e4m3fn or torch\.int8"):
+        operators.quantize_rows(torch.ones(2, 2), torch.uint8)
+    with pytest.raises(ValueError, match=r"torch\.float8_e4m3fn or torch\.int8"):
+        kernels.launch_quantize_rows(torch.ones(2, 2), torch.uint8)
+    with pytest.raises(ValueError, match="GEGLU of 5 columns"):
+        operators.geglu_quantize_rows(torch.ones(2, 5), torch.int8)
+
+
+PRODUCTS = ((1, 1, 16), (5, 7, 16), (33, 40, 48), (17, 130, 80), (154, 64, 64), (70, 20, 640))
+
+
+@DTYPES
+@pytest.mark.parametrize("biased", (False, True))
+@pytest.mark.parametrize("rows, columns, depth", PRODUCTS)
+def test_products_are_those_of_the_quantized_numbers(
+    rows: int, columns: int, depth: int, biased: bool, dtype: torch.dtype
+) -> None:
+    q, scale_q = operators.quantize_rows(awkward(rows, depth, torch.float32, seed=rows), dtype)
+    w, scale_w = operators.quantize_rows(torch.randn(columns, depth, generator=seeded(1)), dtype)
+    scale_w = scale_w.reshape(1, -1)
+    bias = torch.randn(columns, generator=seeded(2)).bfloat16() if biased else None
+    made = kernels.launch_triton_matmul(q, w, scale_q, scale_w, bias, torch.float32)
+    product = q.double() @ w.double().t()
+    if dtype == torch.int8:
+        exact = product.to(torch.int32).float() * scale_q * scale_w  # to the last bit, where no bias is added
+        assert biased or torch.equal(made, exact)
+    size = (q.double().abs() @ w.double().abs().t()) * scale_q * scale_w
+    exact = product * scale_q * scale_w + (0 if bias is None else bias.double())
+    # Integers add up exactly; a sum of `depth` products in fp32 is off by a unit for each, at worst.
+    allowed = size * 2.0**-24 * (depth if dtype != torch.int8 else 4) + exact.abs() * RELATIVE + 1e-30
+    for result in (made, operators.scaled_matmul(q, w, scale_q, scale_w, bias, torch.float32)):
+        assert result.shape == (rows, columns)
+        assert ((result.double() - exact).abs() <= allowed).all()
+    for out_dtype in (torch.bfloat16, torch.float16):  # as torch rounds what was made in fp32
+        rounded = kernels.launch_triton_matmul(q, w, scale_q, scale_w, bias, out_dtype)
+        assert torch.equal(rounded, made.to(out_dtype))
+
+
+def test_integers_add_up_beyond_what_a_float_holds() -> None:
+    q, w = torch.full((3, 5120), 127, dtype=torch.int8), torch.full((5, 5120), 127, dtype=torch.int8)
+    q[1, 0], w[2] = 126, -127
+    ones = torch.ones
+    made = kernels.launch_triton_matmul(q, w, ones(3, 1), ones(1, 5), None, torch.float32)
+    assert made[0, 0] == float(torch.tensor(127 * 127 * 5120, dtype=torch.float32)) and (made[:, 2] < 0).all()
+    assert torch.equal(made, operators.scaled_matmul(q, w, ones(3, 1), ones(1, 5), None, torch.float32))
+
+
+@DTYPES
+def test_products_keep_leading_dimensions(dtype: torch.dtype) -> None:
+    q, scale_q = operators.quantize_rows(torch.randn(2, 3, 16, generator=seeded(0)), dtype)
+    w, scale_w = operators.quantize_rows(torch.randn(4, 16, generator=seeded(1)), dtype)
+    given = (q, w, scale_q, scale_w.reshape(1, -1), None, torch.bfloat16)
+    made, plain = kernels.launch_scaled_matmul(*given), operators.scaled_matmul(*given)
+    assert made.shape == plain.shape == (2, 3, 4)
+    torch.testing.assert_close(made, plain)
+    none = kernels.launch_scaled_matmul(q[:0], w, scale_q[:0], scale_w.reshape(1, -1), None, torch.bfloat16)
+    assert none.shape == (0, 3, 4)
+
+
+def test_products_that_cant_be_are_refused() -> None:
+    q, one = torch.ones(4, 24, dtype=torch.int8), torch.ones(1, 1)
+    with pytest.raises(ValueError, match="rows of 24 bytes"):
+        kernels.launch_triton_matmul(q, q, torch.ones(4, 1), torch.ones(1, 4), None, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"a product of torch\.int8 and torch\.float32"):
+        operators.scaled_matmul(q, q.float(), one, one, None, torch.bfloat16)
+    with pytest.raises(ValueError, match=r"\(4, 24\) by \(4, 8\)"):
+        operators.scaled_matmul(q, q[:, :8], one, one, None, torch.bfloat16)
+    with pytest.raises(ValueError, match="scale_q has 1 numbers: 4 are needed"):
+        operators.scaled_matmul(q, q, one, one, None, torch.bfloat16)
+    with pytest.raises(ValueError, match="norm's weight has 24 numbers: 8"):
+        kernels.launch_layer_norm_quantize_rows(torch.ones(2, 8), torch.ones(24), torch.ones(8), 1e-5, torch.int8)
+
+
+@DTYPES
+@FLOATS
+@pytest.mark.parametrize("shape", ((1, 1, 1, 1), (2, 3, 5, 7), (3, 40, 9, 4), (1, 8, 40, 31)), ids=str)
+def test_images_are_quantized_to_the_nearest(
+    shape: tuple[int, ...], of: torch.dtype, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "MOST_PARTS", 16)  # so that a part is more than one block
+    x = torch.randn(shape, generator=seeded(sum(shape))) * torch.logspace(-2, 3, shape[0])[:, None, None, None]
+    x[0, 0, -1] *= 50
+    if shape[0] > 2:
+        x[1] = 0
+    x = x.to(of)
+    for given in (x, x.contiguous(memory_format=torch.channels_last)):
+        q, scale = kernels.launch_quantize_image(given, dtype)
+        assert q.is_contiguous(memory_format=torch.channels_last) and scale.shape == shape[:1]
+        assert_quantized((q.flatten(1).contiguous(), scale[:, None]), x.double().flatten(1), dtype)
+        plain = operators.quantize_image(given, dtype)
+        assert torch.equal(q.view(torch.uint8), plain[0].view(torch.uint8)) and torch.equal(scale, plain[1])
+
+
+CONVOLUTIONS = (  # images, in, out, height, width, kernel, stride, padding
+    (2, 16, 5, 5, 7, 3, 1, 1),
+    (1, 48, 40, 3, 18, 3, 1, 1),  # channels and width that no tile divides
+    (2, 32, 8, 6, 4, 3, 2, 1),
+    (1, 64, 33, 4, 36, 3, 2, 1),
+    (3, 32, 16, 4, 4, 1, 1, 0),
+    (1, 32, 16, 6, 6, 2, 2, 0),
+    (1, 16, 16, 5, 5, 5, 1, 2),
+    (1, 32, 16, 6, 9, 3, 3, 1),
+    (1, 16, 16, 5, 6, 3, 1, 0),
+)
+
+
+@pytest.mark.parametrize("of", operators.CONVOLVED, ids=str)
+@pytest.mark.parametrize("case", CONVOLUTIONS, ids=str)
+def test_convolutions_are_those_of_the_quantized_numbers(case: tuple[int, ...], of: torch.dtype) -> None:
+    images, channels, columns, height, width, kernel, stride, padding = case
+    x = (
+        torch.randn(images, channels, height, width, generator=seeded(0))
+        * torch.logspace(0, 2, images)[:, None, None, None]
+    )
+    w = torch.randn(columns, channels, kernel, kernel, generator=seeded(1))
+    scale = scale_w = None
+    if of in operators.LARGEST:
+        (q, scale), (qw, scale_w) = operators.quantize_image(x, of), operators.quantize_filters(w, of)
+    else:
+        q, qw = x.to(of), w.to(of)
+    plain = torch.nn.functional.conv2d(q.double(), qw.double(), stride=stride, padding=padding)
+    size = torch.nn.functional.conv2d(q.double().abs(), qw.double().abs(), stride=stride, padding=padding)
+    factor = 1.0 if scale is None or scale_w is None else scale.double()[:, None, None, None] * scale_w[:, None, None]
+    bias = torch.randn(columns, generator=seeded(2)).bfloat16()
+    residual = torch.randn(plain.shape, generator=seeded(3)).bfloat16()
+    for added in ((None, None), (bias, residual)):
+        exact = plain * factor + (0 if added[0] is None else bias.double()[:, None, None])
+        exact += 0 if added[1] is None else residual.double()
+        given = (q, qw, scale, scale_w, *added, stride, padding, torch.float32)
+        # Integers add up exactly; a sum of products in fp32 is off by a unit for each, at worst.
+        allowed = (size * factor + 4) * 2.0**-24 * (channels * kernel**2 if of != torch.int8 else 4)
+        made = kernels.launch_convolution_nhwc(*given)
+        for result in (made, operators.convolution_nhwc(*given)):
+            assert result.shape == exact.shape and result.is_contiguous(memory_format=torch.channels_last)
+            assert ((result.double() - exact).abs() <= allowed).all()
+        if of == torch.int8 and added == (None, None) and scale is not None and scale_w is not None:
+            both = scale[:, None, None, None] * scale_w[:, None, None]
+            assert torch.equal(made, plain.to(torch.int32).float() * both)
+    if case in CONVOLUTIONS[:3]:  # as torch rounds what was made in fp32, also where it is turned in the smaller type
+        rest = (stride, padding, torch.bfloat16)
+        assert torch.equal(
+            kernels.launch_convolution_nhwc(q, qw, scale, scale_w, bias, residual, *rest), made.bfloat16()
+        )
+        wide = kernels.launch_convolution_nhwc(q, qw, scale, scale_w, bias, None, stride, padding, torch.float32)
+        narrow = kernels.launch_convolution_nhwc(q, qw, scale, scale_w, bias, None, *rest)
+        assert torch.equal(narrow, wide.bfloat16())
+
+
+def test_convolutions_that_cant_be_are_refused() -> None:
+    def convolve(x: torch.Tensor, w: torch.Tensor, stride: int) -> None:
+        kernels.launch_convolution_nhwc(x, w, None, None, None, None, stride, 1, torch.bfloat16)
+
+    x, w = torch.ones(1, 8, 5, 6, dtype=torch.int8), torch.ones(4, 8, 3, 3, dtype=torch.int8)
+    with pytest.raises(ValueError, match="8 channels: they have to fill"):
+        convolve(x, w, 1)
+    with pytest.raises(ValueError, match=r"one of torch\.float8_e4m3fn, torch\.int8, "):
+        convolve(x, w.float(), 1)
+    with pytest.raises(ValueError, match="weights for 16"):
+        convolve(x, w.repeat(1, 2, 1, 1), 1)
+    x16, w16, one = x.repeat(1, 2, 1, 1), w.repeat(1, 2, 1, 1), torch.ones(1)
+    with pytest.raises(ValueError, match="or neither"):
+        kernels.launch_convolution_nhwc(x16, w16, one, None, None, None, 1, 1, torch.bfloat16)
+    with pytest.raises(ValueError, match="scale_w has 1 numbers: 4"):
+        kernels.launch_convolution_nhwc(x16, w16, one, one, None, None, 1, 1, torch.bfloat16)
+    with pytest.raises(ValueError, match="5×6 pixels, with stride 2"):
+        convolve(x.repeat(1, 4, 1, 1), w.repeat(1, 4, 1, 1), 2)
+
+
+def operations(dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
+    x = torch.randn(2, 3, 16, generator=seeded(0))
+    q, scale_q = operators.quantize_rows(x, dtype)
+    w, scale_w = operators.quantize_rows(x[0], dtype)
+    image = torch.randn(2, 16, 4, 4, generator=seeded(0))
+    (pixels, scale), (filters, scales) = (
+        operators.quantize_image(image, dtype),
+        operators.quantize_filters(image, dtype),
+    )
+    return [
+        (operators.scaled_matmul, (q, w, scale_q, scale_w.reshape(1, -1), torch.ones(3), torch.bfloat16)),
+        (operators.quantize_image, (image, dtype)),
+        (operators.convolution_nhwc, (pixels, filters, scale, scales, torch.ones(2), None, 2, 1, torch.bfloat16)),
+        (operators.quantize_rows, (x, dtype)),
+        (operators.geglu_quantize_rows, (x, dtype)),
+        (operators.layer_norm_quantize_rows, (x, torch.ones(16), torch.zeros(16), 1e-5, dtype)),
+    ]
+
+
+@DTYPES
+def test_operators_hold_what_torch_asks_of_them(dtype: torch.dtype) -> None:
+    for operator, arguments in operations(dtype):
+        # The check of the schema multiplies the inputs, which torch can't in fp8.
+        skipped = dtype == torch.float8_e4m3fn and arguments[0].dtype == dtype
+        torch.library.opcheck(operator, arguments, test_utils=OPCHECKS[1:] if skipped else OPCHECKS)
+
+
+@DTYPES
+def test_operators_are_traced_into_one_graph(dtype: torch.dtype) -> None:
+    for operator, arguments in operations(dtype):
+        torch.compiler.reset()  # each is a new graph of the same lambda
+        compiled = torch.compile(lambda *given, call=operator: call(*given), fullgraph=True, backend="eager")
+        ours, plain = compiled(*arguments), operator(*arguments)
+        pairs = zip(ours, plain, strict=True) if isinstance(plain, tuple) else [(ours, plain)]
+        for one, other in pairs:
+            assert torch.equal(one.float(), other.float()) and one.stride() == other.stride()

@@ -1,0 +1,141 @@
+"""That the kernels compile for a Hopper GPU, without one: Triton brings NVIDIA's assembler along.
+
+What it took (registers that overflowed, tensor cores not used) is read from the machine code. And what Triton's
+interpreter says of their numbers, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton isn't installed: the kernels are for GPUs, and for Linux")
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing: run without TRITON_INTERPRET")
+
+from diffusion_fast import kernels, operators  # noqa: E402
+
+HERE = Path(__file__).parent
+
+
+def test_the_interpreter_agrees_with_float64() -> None:
+    done = subprocess.run(
+        (sys.executable, "-m", "pytest", "-q", "-x", str(HERE / "test_kernels.py")),
+        cwd=HERE.parent,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def compiled(kernel: Any, types: dict[str, str], folder: Path, **constants: Any) -> tuple[str, dict[str, int]]:
+    """A kernel's PTX and what its machine code takes. Pointers and integers are multiples of 16, as SDXL's are."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={name: "constexpr" if name in constants else types[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={
+            (names.index(name),): [["tt.divisibility", 16]]
+            for name in names
+            if name not in constants and (types[name].startswith("*") or types[name] == "i32")
+        },
+    )
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(made.asm["cubin"])
+    command = (triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin))
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+    return made.asm["ptx"], usage | {"SHARED": made.metadata.shared}
+
+
+@pytest.mark.parametrize("q", ("*fp8e4nv", "*i8"))
+@pytest.mark.parametrize("columns", (640, 1280, 2560, 5120, 8192))
+@pytest.mark.parametrize("name", ("quantize_rows", "geglu_quantize_rows", "layer_norm_quantize_rows"))
+def test_rows_stay_in_registers(name: str, columns: int, q: str, tmp_path: Path) -> None:
+    types = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr"), "*bf16") | {
+        "q_ptr": q,
+        "scale_ptr": "*fp32",
+        "eps": "fp32",
+    }
+    limits = {"LARGEST": 448.0, "SMALLEST": operators.SMALLEST_SCALE}
+    ptx, usage = compiled(getattr(kernels, f"_{name}_kernel"), types, tmp_path, **kernels._row_shape(columns), **limits)
+    assert usage["STACK"] == usage["LOCAL"] == 0
+    assert usage["REG"] <= 64  # so that a multiprocessor holds 1024 threads at least
+    assert "ld.global.L1::evict_first.v4" in ptx or ".v4.b32" in ptx  # 16 bytes a load
+    assert "cvt.rn.satfinite.e4m3x2.f32" in ptx or q == "*i8"
+
+
+TRITON_TYPES = {"i8": 1, "fp8e4nv": 1, "bf16": 2}  # and their bytes
+
+
+def candidates(kernel: Any) -> list[Any]:
+    return [pytest.param(each, id=str(each)) for each in kernel.configs]
+
+
+@pytest.mark.parametrize("of", ("i8", "fp8e4nv"))
+@pytest.mark.parametrize("config", candidates(kernels._matmul_kernel))
+def test_products_use_the_tensor_cores_and_the_copy_engine(config: Any, of: str, tmp_path: Path) -> None:
+    tile = config.kwargs
+    types = dict.fromkeys(("ROWS", "OUT", "IN"), "i32") | dict.fromkeys(("scale_q", "scale_w"), "*fp32")
+    types |= {
+        name: f"tensordesc<{of}[{tile[side]}, {tile['DEPTH']}]>" for name, side in (("q", "FIRST"), ("w", "SECOND"))
+    }
+    assert_on_tensor_cores(
+        *compiled(
+            kernels._matmul_kernel.fn, types | {"out": "*bf16", "bias": "*bf16"}, tmp_path, INTEGER=of == "i8",
+            BIASED=True, num_warps=config.num_warps, num_stages=config.num_stages, **tile,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("added", (False, True))
+@pytest.mark.parametrize("of", TRITON_TYPES)
+@pytest.mark.parametrize("config", candidates(kernels._convolution_kernel))
+def test_convolutions_use_the_tensor_cores_and_the_copy_engine(
+    config: Any, of: str, added: bool, tmp_path: Path
+) -> None:
+    tile, item = config.kwargs, TRITON_TYPES[of]
+    depth = tile["DEPTH"] // item
+    types = dict.fromkeys(("IMAGES", "HEIGHT", "WIDTH", "CHANNELS", "OUT"), "i32")
+    types |= dict.fromkeys(("scale", "scale_w"), "*fp32") | dict.fromkeys(("bias", "residual", "out"), "*bf16")
+    types["x"] = f"tensordesc<{of}[1, {tile['SECOND'] // 16}, 1, 16, {depth}]>"
+    types["w"] = f"tensordesc<{of}[{tile['FIRST']}, {depth}]>"
+    assert_on_tensor_cores(
+        *compiled(
+            kernels._convolution_kernel.fn, types, tmp_path, TAPS=9, ACROSS=3, STRIDE=1, PADDING=1,
+            INTEGER=of == "i8", ITEM=item, SCALED=item == 1, BIASED=True, ADDED=added, TILE_WIDTH=16,
+            num_warps=config.num_warps, num_stages=config.num_stages, **tile,
+        )
+    )  # fmt: skip
+
+
+def assert_on_tensor_cores(ptx: str, usage: dict[str, int]) -> None:
+    assert "wgmma.mma_async" in ptx and "cp.async.bulk.tensor" in ptx
+    assert not re.findall(
+        r"wgmma\.mma_async\S+ \{[^}]*\}, \{", ptx
+    )  # both operands in shared memory, none in registers
+    assert usage["STACK"] == usage["LOCAL"] == 0
+    assert usage["SHARED"] <= 227 * 1024
+
+
+def test_a_stride_reads_whole_blocks_of_channels_only() -> None:
+    """As the autotuner asks, before it times anything: it doesn't in the interpreter."""
+    tuner = kernels._convolution_kernel
+    for channels, stride, item, depths in ((320, 1, 1, {64, 128}), (320, 2, 1, {64}), (320, 2, 2, {64, 128})):
+        tuner.nargs = {"CHANNELS": channels}
+        kept = tuner.prune_configs({"STRIDE": stride, "ITEM": item})
+        assert {each.kwargs["DEPTH"] for each in kept} == depths
