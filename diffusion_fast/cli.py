@@ -163,12 +163,12 @@ one_recipe = options(
     click.option(
         "--ladder", "ladder_name", default="progressive", show_default=True, help="Where --recipe comes from."
     ),
-    click.option(
-        "--load-cache",
-        default="",
-        metavar="RUN",
-        help="Start from what a run has saved by --save-cache: its MLflow id, or its folder in a spool.",
-    ),
+)
+saved_cache_option = click.option(
+    "--load-cache",
+    default="",
+    metavar="RUN",
+    help="Start from what a run has saved by --save-cache: its MLflow id, or its folder in a spool.",
 )
 tracked = options(
     click.option("--experiment", envvar="MLFLOW_EXPERIMENT_NAME", help="MLflow experiment [default: diffusion_fast]"),
@@ -243,6 +243,7 @@ def ladder(name: str, only: str, device: str, **chosen: Any) -> None:
 
 @main.command()
 @one_recipe
+@saved_cache_option
 @one_shape
 @measuring
 @tracked
@@ -253,6 +254,7 @@ def run(**chosen: Any) -> None:
 
 @main.command()
 @one_recipe
+@saved_cache_option
 @one_shape
 @measuring
 @tracked
