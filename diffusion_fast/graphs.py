@@ -6,7 +6,8 @@ https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,20 @@ class Captured:
     inputs: list[Any]
     outputs: Any
     replay: Callable[[], None]
+
+
+_without = False
+
+
+@contextmanager
+def none() -> Iterator[None]:
+    """Within, every Graphed calls its function: for what has to see single operations, such as a counter of them."""
+    global _without
+    before, _without = _without, True
+    try:
+        yield
+    finally:
+        _without = before
 
 
 class Graphed:
@@ -43,6 +58,8 @@ class Graphed:
         import torch
         from torch.utils import _pytree as pytree
 
+        if _without:
+            return self.function(*args, **kwargs)
         leaves, tree = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         # Strides don't count: an input is copied into the graph's own, whose strides are those of the first.

@@ -34,7 +34,7 @@ CLASSES = {
     "linear": r"gemm|gemv|nvjet|splitk|cublas|_mm\b|_mm_|::mm|addmm|::linear|matmul|_int_mm|scaled_mm",
     "norm": r"norm|moments|welford|var_mean|computefusedparams",
     "copies": r"memcpy|memset|copy|nchwtonhwc|nhwctonchw|::cat\b|catarray|clone|contiguous|fill_|fillfunctor",
-    "pointwise": r"elementwise|triton_|^aten::",
+    "pointwise": r"elementwise|triton_|quantize|^aten::",
     "other": r"",
 }
 VIEWS = re.compile(

@@ -54,7 +54,8 @@ LADDERS: dict[str, tuple[Recipe, ...]] = {
         *CONTROLS,
         PLAIN.plus("guidance-cutoff", "guidance_cutoff"),
         PLAIN.plus("feature-reuse", "feature_reuse"),
-        PLAIN.plus("cutoff-and-reuse", "guidance_cutoff", "feature_reuse"),
+        PLAIN.plus("feature-forecast", "feature_forecast"),
+        PLAIN.plus("cutoff-and-forecast", "guidance_cutoff", "feature_forecast"),
     ),
     "cpu": (SDPA, COMPILE, FUSED_QKV),  # its three experiments on a CPU
     # One recipe under two names: what differs between them is the noise of the machine.

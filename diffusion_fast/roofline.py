@@ -6,18 +6,23 @@ The model: Williams, Waterman and Patterson 2009, https://doi.org/10.1145/149876
 from __future__ import annotations
 
 import functools
+import math
 import statistics
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain
 from typing import Any
 
+from diffusion_fast import graphs
 from diffusion_fast.measure import GIB, Stopwatches, timed
 from diffusion_fast.optimizations import Build
 
 KINDS = ("linear", "convolution", "attention")
 # Batched matmuls are attention's alone, and the rest of what is counted are its fused kernels.
-KIND_OF = {"aten.mm": "linear", "aten.addmm": "linear", "aten._int_mm": "linear", "aten.convolution": "convolution"}
+KIND_OF = {
+    **dict.fromkeys(("aten.mm", "aten.addmm", "aten._int_mm", "diffusion_fast.scaled_matmul"), "linear"),
+    "aten.convolution": "convolution",
+}
 PARTS = ("text_encoding", "denoising_step", "vae_decode")
 MATRIX = {"cuda": 8192, "cpu": 1024}  # rows of the square matrices: large enough to fill the device
 COPIED = {"cuda": GIB, "cpu": GIB // 4}  # bytes: more than any cache holds
@@ -28,8 +33,8 @@ def count_flops(build: Build) -> dict[str, dict[str, float]]:
     """Floating-point operations of a call's parts, by PARTS and, in each, by KINDS.
 
     A multiplication and an addition are two. Counted while the pipeline makes one step for one image, by
-    torch.utils.flop_counter, which can't look into a compiled graph: what is compiled runs eagerly meanwhile, with less
-    memory for one image than for all. The prompt is encoded once a call, the rest is done for each image.
+    torch.utils.flop_counter, which can't look into a compiled or captured graph: such parts run eagerly meanwhile, with
+    less memory for one image than for all. The prompt is encoded once a call, the rest is done for each image.
     """
     import torch
     from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -47,8 +52,11 @@ def count_flops(build: Build) -> dict[str, dict[str, float]]:
             query, key, value
         ),
     }
+    if hasattr(torch.ops.diffusion_fast, "scaled_matmul"):  # where an optimization has imported it
+        unknown_to_torch[torch.ops.diffusion_fast.scaled_matmul] = lambda q, w, *_, **__: 2 * math.prod(q) * w[0]
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(graphs.none())
         counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=unknown_to_torch))
         by_kind = {kind: Stopwatches(functools.partial(counted, kind)) for kind in KINDS}
         for watches in by_kind.values():

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -64,12 +65,30 @@ def test_with_its_own_features_a_shallow_step_is_a_full_one() -> None:
         text = torch.rand(2, 5, unet.config.cross_attention_dim)
         given = torch.rand(2, 4, 8, 8), torch.tensor(17.0), text
         expected = unet(*given, added_cond_kwargs=added, return_dict=False)[0]
-        reused = ReusedFeatures(unet)
+        reused = ReusedFeatures(unet, every=3, points=1)
         assert torch.equal(reused(*given, added_cond_kwargs=added)[0], expected)
         assert torch.equal(reused(*given, added_cond_kwargs=added)[0], expected)
         assert (reused.full_steps, reused.shallow_steps) == (1, 1)
         other = reused(torch.rand(2, 4, 8, 8), *given[1:], added_cond_kwargs=added)[0]
         assert not torch.allclose(other, expected)
+
+
+def test_a_forecast_lies_on_the_parabola_through_the_last_three_full_steps() -> None:
+    made, applied = build("sdpa", "feature_forecast", steps=8)
+    entering: list[torch.Tensor] = []
+    made.denoiser.up_blocks[-1].register_forward_pre_hook(
+        lambda _, args, kwargs: entering.append(kwargs["hidden_states"].double()), with_kwargs=True
+    )
+    call(made)
+    assert made.proofs["feature_forecast"]() == {"full_steps": 4, "shallow_steps": 4}
+    assert torch.equal(entering[1], entering[0])  # one point is no line yet
+    torch.testing.assert_close(entering[3], entering[2] + (entering[2] - entering[0]) / 2, rtol=1e-5, atol=1e-5)
+    for step in (5, 7):
+        points = [entering[step - back].flatten().numpy() for back in (5, 3, 1)]
+        parabola = np.polynomial.polynomial.polyfit((-5, -3, -1), points, 2)
+        expected = torch.tensor(parabola[0]).reshape(entering[step].shape)  # at 0
+        torch.testing.assert_close(entering[step], expected, rtol=1e-4, atol=1e-4)
+    assert applied["feature_forecast"] == {"every": 2}
 
 
 def test_what_changes_the_blocks_between_is_refused() -> None:

@@ -85,6 +85,15 @@ def test_past_the_most_shapes_it_computes_without_a_graph_and_warns_once() -> No
     assert graphed.account() == {"captures": 16, "replays": 16, "eager_calls": 3}
 
 
+def test_within_none_nothing_is_captured_or_replayed() -> None:
+    graphed = Graphed("double", double, "cpu", record)
+    with graphs.none():
+        assert graphed(torch.ones(2))["it"].tolist() == [2.0, 2.0]
+    assert graphed.account() == {"captures": 0, "replays": 0, "eager_calls": 0}
+    graphed(torch.ones(2))
+    assert graphed.replays == 1
+
+
 def captured(*names: str, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Build:
     """cuda_graph as it is on a GPU, but for the recordings."""
     monkeypatch.setattr(graphs, "record_on_gpu", record)

@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 from diffusion_fast.optimizations.registry import Build, optimization
 
 REUSE_EVERY = 3  # steps: one in so many is computed in full
+FORECAST_EVERY = 2
 GUIDED = 0.5  # of the steps: they decide what is painted where
 
 
+# Compiling the whole denoiser would take the choice between the two kinds of steps for a part of it: regional_compile
+# doesn't.
 @optimization(stage="approximate", excludes=("compile",), lossless=False, same_work=False)
 def feature_reuse(build: Build) -> dict[str, Any]:
     """Compute the UNet's deep features in every third step, and its outermost blocks alone in those between.
 
-    DeepCache, https://arxiv.org/abs/2312.00858, at its shallowest branch. Compiling the whole denoiser would take the
-    choice between the two for a part of it: regional_compile doesn't.
+    DeepCache, https://arxiv.org/abs/2312.00858, at its shallowest branch.
     """
-    reused = ReusedFeatures(build.denoiser)
+    return _reuse(build, "feature_reuse", every=REUSE_EVERY, points=1)
+
+
+@optimization(stage="approximate", excludes=("compile", "feature_reuse"), lossless=False, same_work=False)
+def feature_forecast(build: Build) -> dict[str, Any]:
+    """Compute the UNet's deep features in every second step, and forecast those between from the last three.
+
+    By the parabola through them: TaylorSeer's second order, https://arxiv.org/abs/2503.06923, for the features that
+    DeepCache keeps.
+    """
+    return _reuse(build, "feature_forecast", every=FORECAST_EVERY, points=3)
+
+
+def _reuse(build: Build, name: str, every: int, points: int) -> dict[str, Any]:
+    reused = ReusedFeatures(build.denoiser, every, points)
     build.step_calls = [("full", reused, "full"), ("shallow", reused, "shallow")]
     build.denoiser.forward = reused
     scheduler = build.pipe.scheduler
@@ -27,27 +44,30 @@ def feature_reuse(build: Build) -> dict[str, Any]:
 
     def proof() -> dict[str, Any]:
         if not (reused.full_steps and reused.shallow_steps):
-            raise RuntimeError(f"feature_reuse: {reused.full_steps} full and {reused.shallow_steps} shallow steps")
+            raise RuntimeError(f"{name}: {reused.full_steps} full and {reused.shallow_steps} shallow steps")
         return {"full_steps": reused.full_steps, "shallow_steps": reused.shallow_steps}
 
     if build.spec.steps > 1:
-        build.proofs["feature_reuse"] = proof
-    return {"every": REUSE_EVERY}
+        build.proofs[name] = proof
+    return {"every": every}
 
 
 class ReusedFeatures:
     """A UNet2DConditionModel's forward, which keeps what enters its last block in one step for those that follow.
 
-    Raises TypeError where it is given what changes the blocks between, such as a ControlNet's residuals.
+    Of `every` so many steps one is computed in full. The features of the others lie on the polynomial through the last
+    `points` of these: with one point they are its own. Raises TypeError where it is given what changes the blocks
+    between, such as a ControlNet's residuals.
     """
 
-    def __init__(self, unet: Any) -> None:
+    def __init__(self, unet: Any, every: int, points: int) -> None:
         if not (hasattr(unet, "down_blocks") and hasattr(unet, "up_blocks")):
             raise RuntimeError(f"feature_reuse: {type(unet).__name__} has no blocks that lead down and up again")
         self.unet, self.original = unet, unet.forward
+        self.every, self.points = every, points
         self.entering: Any = None
         unet.up_blocks[-1].register_forward_pre_hook(self._note, with_kwargs=True)
-        self.features: Any = None
+        self.kept: list[tuple[int, Any]] = []  # full steps and their features, the last of them last
         self.step = 0
         self.full_steps = self.shallow_steps = 0
 
@@ -56,7 +76,7 @@ class ReusedFeatures:
 
         @functools.wraps(function)
         def begin(*args: Any, **kwargs: Any) -> Any:
-            self.step, self.features = 0, None
+            self.step, self.kept = 0, []
             return function(*args, **kwargs)
 
         return begin
@@ -74,16 +94,28 @@ class ReusedFeatures:
     ) -> tuple[Any]:
         """As the UNet's forward, without what goes into its middle; a tuple in any case."""
         given = sample, timestep, encoder_hidden_states, added_cond_kwargs, timestep_cond
-        due = self.step % REUSE_EVERY == 0
-        self.step += 1
-        # After guidance has ended there are half as many rows: what was kept is of no use then.
-        if due or self.features is None or self.features.shape[0] != sample.shape[0]:
-            output, self.features = self.full(*given, cross_attention_kwargs)
+        if self.kept and self.kept[0][1].shape[0] != sample.shape[0]:
+            self.kept = []  # guidance has ended: there are half as many rows
+        if self.step % self.every == 0 or not self.kept:
+            output, features = self.full(*given, cross_attention_kwargs)
+            self.kept = [*self.kept, (self.step, features)][-self.points :]
             self.full_steps += 1
         else:
-            output = self.shallow(*given, self.features)
+            output = self.shallow(*given, self._expected())
             self.shallow_steps += 1
+        self.step += 1
         return (output,)
+
+    def _expected(self) -> Any:
+        """The features of this step, by those that were kept."""
+        steps = [step for step, _ in self.kept]
+        weights = [
+            math.prod((self.step - other) / (step - other) for other in steps if other != step) for step in steps
+        ]  # Lagrange's
+        expected = self.kept[0][1] * weights[0]
+        for weight, (_, features) in zip(weights[1:], self.kept[1:], strict=True):
+            expected.add_(features, alpha=weight)
+        return expected
 
     def full(
         self, sample: Any, timestep: Any, text: Any, added: Any, timestep_cond: Any, cross_attention_kwargs: Any
