@@ -63,6 +63,57 @@ class RowwiseFeedForward(torch.nn.Module):
         return self.second.multiply(q, scale, hidden_states.dtype)
 
 
+class ImagewiseConvolution(torch.nn.Module):
+    """A 2D convolution with a scale for each image, found while it runs, and for each output channel of its weights.
+
+    A scale for each pixel can't be taken out of a sum over several.
+    """
+
+    weight: torch.Tensor  # (out_channels, in_channels, height, width), channels last
+    weight_scale: torch.Tensor  # (out_channels,)
+    bias: torch.Tensor | None
+
+    def __init__(self, convolution: torch.nn.Conv2d, number_format: torch.dtype) -> None:
+        super().__init__()
+        self.number_format = number_format
+        self.stride, self.padding = convolution.stride[0], int(convolution.padding[0])
+        weight, scale = operators.quantize_filters(convolution.weight.detach(), number_format)
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", None if convolution.bias is None else convolution.bias.detach())
+
+    @classmethod
+    def can_be(cls, convolution: torch.nn.Conv2d) -> bool:
+        """Whether the kernel takes it. A network's ends have too few channels; they also matter most."""
+        multiple = 16 if convolution.stride == (1, 1) else 64
+        return (
+            convolution.in_channels % multiple == convolution.out_channels % 16 == 0
+            and convolution.groups == 1
+            and convolution.dilation == (1, 1)
+            and convolution.padding_mode == "zeros"
+            and convolution.stride in ((1, 1), (2, 2))
+            and convolution.padding in ((0, 0), (1, 1))
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (images, in_channels, height, width). Returns (images, out_channels, ...) in its dtype, channels last."""
+        q, scale = operators.quantize_image(x, self.number_format)
+        given = scale, self.weight_scale, self.bias, None, self.stride, self.padding, x.dtype
+        made: torch.Tensor = operators.convolution_nhwc(q, self.weight, *given)
+        return made
+
+
+def quantize_convolutions(network: Any, number_format: torch.dtype) -> int:
+    """Put eight-bit convolutions in the place of all that can be. Returns their number."""
+    found = 0
+    for name, module in list(network.named_modules()):
+        if isinstance(module, torch.nn.Conv2d) and ImagewiseConvolution.can_be(module):
+            owner, _, attribute = name.rpartition(".")
+            setattr(network.get_submodule(owner), attribute, ImagewiseConvolution(module, number_format))
+            found += 1
+    return found
+
+
 def quantize(network: Any, chosen: set[torch.nn.Linear], number_format: torch.dtype) -> int:
     """Put eight-bit layers in the place of `chosen` linears. Returns how many feed-forwards became one kernel fewer."""
     for name, module in list(network.named_modules()):

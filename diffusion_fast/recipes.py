@@ -36,6 +36,7 @@ CUDNN = HOST.plus("cudnn", "cudnn_benchmark")
 LOSSLESS = CUDNN.plus("layout", "no_layout_copies")
 FP8 = LOSSLESS.plus("fp8", "fp8_rows")
 INT8 = LOSSLESS.plus("int8", "int8_rows")
+FP8_CONVOLUTIONS = FP8.plus("fp8-convolutions", "fp8_convolutions")
 
 # Less work for nearly the same picture, and beside it the plain recipe with fewer steps: its control.
 PLAIN = replace(LOSSLESS, name="plain")
@@ -48,7 +49,7 @@ AA = "aa"
 LADDERS: dict[str, tuple[Recipe, ...]] = {
     "progressive": PROGRESSIVE,
     "progressive-modes": (*PROGRESSIVE, *DEFAULT_MODE),
-    "fast": (BASELINE, DEFAULT_MODE[-1], REGIONAL, GRAPH, HOST, CUDNN, LOSSLESS, FP8, INT8),
+    "fast": (BASELINE, DEFAULT_MODE[-1], REGIONAL, GRAPH, HOST, CUDNN, LOSSLESS, INT8, FP8, FP8_CONVOLUTIONS),
     "turbo": (
         PLAIN,
         *CONTROLS,

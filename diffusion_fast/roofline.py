@@ -21,7 +21,7 @@ KINDS = ("linear", "convolution", "attention")
 # Batched matmuls are attention's alone, and the rest of what is counted are its fused kernels.
 KIND_OF = {
     **dict.fromkeys(("aten.mm", "aten.addmm", "aten._int_mm", "diffusion_fast.scaled_matmul"), "linear"),
-    "aten.convolution": "convolution",
+    **dict.fromkeys(("aten.convolution", "diffusion_fast.convolution_nhwc"), "convolution"),
 }
 PARTS = ("text_encoding", "denoising_step", "vae_decode")
 MATRIX = {"cuda": 8192, "cpu": 1024}  # rows of the square matrices: large enough to fill the device
@@ -37,7 +37,7 @@ def count_flops(build: Build) -> dict[str, dict[str, float]]:
     less memory for one image than for all. The prompt is encoded once a call, the rest is done for each image.
     """
     import torch
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+    from torch.utils.flop_counter import FlopCounterMode, conv_flop_count, sdpa_flop_count
 
     from diffusion_fast.pipeline import call
 
@@ -52,8 +52,10 @@ def count_flops(build: Build) -> dict[str, dict[str, float]]:
             query, key, value
         ),
     }
-    if hasattr(torch.ops.diffusion_fast, "scaled_matmul"):  # where an optimization has imported it
-        unknown_to_torch[torch.ops.diffusion_fast.scaled_matmul] = lambda q, w, *_, **__: 2 * math.prod(q) * w[0]
+    own = torch.ops.diffusion_fast
+    if hasattr(own, "scaled_matmul"):  # where an optimization has imported them
+        unknown_to_torch[own.scaled_matmul] = lambda q, w, *_, **__: 2 * math.prod(q) * w[0]
+        unknown_to_torch[own.convolution_nhwc] = lambda x, w, *_, out_shape, **__: conv_flop_count(x, w, out_shape)
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(graphs.none())

@@ -16,7 +16,7 @@ from peft import LoraConfig
 
 from diffusion_fast import plan, sensitivity
 from diffusion_fast.cli import main
-from diffusion_fast.eight_bits import FORMATS, RowwiseFeedForward, RowwiseLinear, quantize
+from diffusion_fast.eight_bits import FORMATS, ImagewiseConvolution, RowwiseFeedForward, RowwiseLinear, quantize
 from diffusion_fast.models import MODELS
 from diffusion_fast.pipeline import call
 from diffusion_fast.sensitivity import Layer, choose
@@ -93,6 +93,52 @@ def test_where_one_layer_is_kept_the_feed_forward_stays_as_it_is() -> None:
     other = torch.nn.Module()
     other.ff = FeedForward(32, activation_fn="gelu")
     assert quantize(other, {other.ff.net[0].proj, other.ff.net[2]}, FORMATS["int8"]) == 0
+
+
+@pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 1), (1, 0)])
+def test_a_convolutions_error_is_that_of_its_numbers(stride: int, padding: int) -> None:
+    torch.manual_seed(0)
+    convolution = torch.nn.Conv2d(64, 32, 3, stride, padding)
+    x = torch.randn(2, 64, 8, 12) * torch.tensor([1.0, 100.0])[:, None, None, None]  # a scale an image
+    exact = convolution.double()(x.double())
+    found = ImagewiseConvolution(convolution.float(), FORMATS["int8"])(x)
+    assert found.shape == exact.shape
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    # Uniform rounding errors of both factors, independent of each other: their sum's deviation, and not ten of it.
+    units = x.abs().amax((1, 2, 3)) / 127, convolution.weight.abs().amax((1, 2, 3)) / 127
+    sums = torch.nn.functional.conv2d(x**2, torch.ones(1, 64, 3, 3), stride=stride, padding=padding)
+    energy = (convolution.weight**2).sum((1, 2, 3))
+    deviation = ((units[0] ** 2)[:, None] * energy + sums.amax((1, 2, 3))[:, None] * units[1] ** 2).div(12).sqrt()
+    assert ((found - exact).std((2, 3)) < 1.5 * deviation).all()
+    assert ((found - exact).abs() < 10 * deviation[:, :, None, None]).all()
+    assert (found - exact).abs().max() > 1e-3
+
+
+def test_convolutions_with_few_channels_groups_or_odd_strides_stay() -> None:
+    def can(*sizes: int, **how: Any) -> bool:
+        return ImagewiseConvolution.can_be(torch.nn.Conv2d(*sizes, **how))
+
+    assert can(32, 48, 3, padding=1)
+    assert can(64, 48, 3, stride=2, padding=1)
+    assert not can(4, 32, 3, padding=1)
+    assert not can(32, 4, 3, padding=1)
+    assert not can(32, 48, 3, stride=2, padding=1)
+    assert not can(32, 32, 3, groups=2)
+    assert not can(32, 32, 3, dilation=2)
+    assert not can(32, 32, 3, padding=1, padding_mode="circular")
+
+
+def test_convolutions_in_eight_bits_keep_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, applied = eight_bit("fp8_convolutions", monkeypatch, "channels_last")
+    left = [name for name, module in made.denoiser.named_modules() if isinstance(module, torch.nn.Conv2d)]
+    assert {"conv_in", "conv_out"} <= set(left)
+    assert applied["fp8_convolutions"]["quantized_convolutions"] > 20
+    assert (
+        len(left) == applied["fp8_convolutions"]["convolutions"] - applied["fp8_convolutions"]["quantized_convolutions"]
+    )
+    exact = torch.tensor(list(call(build("bf16", "sdpa")[0])[0].tobytes())).float()
+    found = torch.tensor(list(call(made)[0].tobytes())).float()
+    assert 0 < (found - exact).norm() / exact.norm() < 0.1
 
 
 def eight_bit(name: str, monkeypatch: pytest.MonkeyPatch, *more: str, **changes: Any) -> tuple[Any, dict[str, Any]]:

@@ -91,7 +91,16 @@ def test_a_cpu_leaves_tf32_out_and_says_so() -> None:
 
 def test_a_rung_that_would_measure_nothing_new_is_left_out_and_said() -> None:
     ladder = planned("fast")
-    names = ["baseline", "int8-dynamic-default", "regional", "postprocessing", "layout", "fp8", "int8"]
+    names = [
+        "baseline",
+        "int8-dynamic-default",
+        "regional",
+        "postprocessing",
+        "layout",
+        "int8",
+        "fp8",
+        "fp8-convolutions",
+    ]
     assert [spec.recipe for spec in ladder.rungs] == names
     assert "the rung graph is left out: here it would be regional again" in ladder.notes
     assert "cuda_graph is left out: it runs on another device than this cpu" in ladder.notes

@@ -73,6 +73,7 @@ def regional_compile(build: Build) -> dict[str, Any]:
 
 
 MOST_SHAPES = 64
+EIGHT_BITS = ("RowwiseLinear", "ImagewiseConvolution")
 
 
 def _regions(denoiser: Any) -> list[Any]:
@@ -81,7 +82,7 @@ def _regions(denoiser: Any) -> list[Any]:
     found = [module for module in denoiser.modules() if type(module).__name__ in blocks]
     inside = {part for region in found for part in region.modules()}
     # An eight-bit layer is several kernels unless it is compiled, and some lie between the blocks.
-    found += [each for each in denoiser.modules() if type(each).__name__ == "RowwiseLinear" and each not in inside]
+    found += [each for each in denoiser.modules() if type(each).__name__ in EIGHT_BITS and each not in inside]
     if not found:
         raise RuntimeError(f"regional_compile: {type(denoiser).__name__} has none of the blocks {sorted(blocks)}")
     return found

@@ -92,6 +92,30 @@ def int8_rows(build: Build) -> dict[str, Any]:
     return _eight_bits(build)
 
 
+@optimization(
+    stage="quantize",
+    requires=("bf16", "channels_last", ("compile", "regional_compile")),
+    min_capability=(9, 0),
+    imports=("diffusion_fast.eight_bits",),
+    lossless=False,
+    takes_adapters=False,
+)
+def fp8_convolutions(build: Build) -> dict[str, Any]:
+    """Convolve the denoiser's images in fp8 (e4m3): a scale an image, and one for each output channel of the weights.
+
+    By a kernel of our own: an implicit matrix product, https://arxiv.org/abs/1410.0759
+    """
+    import torch
+
+    from diffusion_fast import eight_bits
+
+    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in build.denoiser.modules())
+    quantized = eight_bits.quantize_convolutions(build.denoiser, eight_bits.FORMATS["fp8"])
+    if not quantized:
+        raise RuntimeError("fp8_convolutions: no convolution has the channels")
+    return {"quantized_convolutions": quantized, "convolutions": convolutions}
+
+
 def _eight_bits(build: Build) -> dict[str, Any]:
     """Quantize every linear of the denoiser that has the rows and the features, but for those that the run keeps."""
     import torch
