@@ -26,7 +26,7 @@ from diffusion_fast.models import MODELS, WeightsUnreachableError, check_weights
 from diffusion_fast.optimizations import OPTIMIZATIONS, eight_bit_format
 from diffusion_fast.recipes import LADDERS
 from diffusion_fast.sensitivity import read_kept
-from diffusion_fast.spec import SWEEP, Recipe
+from diffusion_fast.spec import SWEEP, Model, Recipe
 
 RUN_ID = re.compile("[0-9a-f]{32}")  # MLflow's
 UNTIL_ROUNDS = 5  # planned by --until at least: of fewer, the spread is so ill known that many would be added
@@ -237,7 +237,7 @@ def ladder(name: str, only: str, device: str, **chosen: Any) -> None:
     """Measure a ladder of recipes, a fresh process each, and record every rung as an MLflow run."""
     with wrong_input_exits_2():
         found = plan.find_device(device)
-        recipes, notes = plan.find_ladder(name, found)
+        recipes, notes = plan.find_ladder(name, found, plan.find_model(chosen["model"]))
     _measure(name, recipes, notes, found, only=_names(only), **chosen)
 
 
@@ -288,9 +288,9 @@ def sensitivity(
 
     with wrong_input_exits_2():
         found = plan.find_device(device)
-        recipe, _ = _chosen_recipe(names, recipe_name, ladder_name, found)
-        settings = plan.Settings(weights=None if weights == "auto" else weights)
         chosen = plan.find_model(model)
+        recipe, _ = _chosen_recipe(names, recipe_name, ladder_name, found, chosen)
+        settings = plan.Settings(weights=None if weights == "auto" else weights)
         planned = plan.plan_ladder("sensitivity", (recipe,), chosen, found, settings)
         if not eight_bit_format(recipe.optimizations):
             raise ValueError("sensitivity is about a recipe for eight bits: add fp8_rows or int8_rows by --with.")
@@ -326,18 +326,18 @@ def sweep_(**chosen: Any) -> None:
 def _measure_one(what: str, *, names: str, recipe_name: str, ladder_name: str, device: str, **chosen: Any) -> None:
     with wrong_input_exits_2():
         found = plan.find_device(device)
-        recipe, notes = _chosen_recipe(names, recipe_name, ladder_name, found)
+        recipe, notes = _chosen_recipe(names, recipe_name, ladder_name, found, plan.find_model(chosen["model"]))
     _measure(what, (recipe,), notes, found, only=(), **chosen)
 
 
 def _chosen_recipe(
-    names: str, recipe_name: str, ladder_name: str, device: plan.Device
+    names: str, recipe_name: str, ladder_name: str, device: plan.Device, model: Model
 ) -> tuple[Recipe, tuple[str, ...]]:
     """A rung's recipe with some more names, and what was left out of it."""
     start = Recipe("baseline")
     notes: tuple[str, ...] = ()
     if recipe_name:
-        recipes, notes = plan.find_ladder(ladder_name, device)
+        recipes, notes = plan.find_ladder(ladder_name, device, model)
         start = plan.lookup("recipe", recipe_name, {recipe.name: recipe for recipe in recipes})
     more = [name for name in _names(names) if name not in start.optimizations]
     label = "-".join([*([start.name] if recipe_name or not more else []), *more])

@@ -50,6 +50,7 @@ SDXL = Model(
     configs="sdxl-base-1.0",
     fp16_vae_hub_id="madebyollin/sdxl-vae-fp16-fix",
     fp16_vae_config="vae_fp16_fix",
+    tiny_vae_hub_id="madebyollin/taesdxl",
     int8_excluded_shapes=SDXL_INT8_EXCLUDED,
 )
 

@@ -116,6 +116,8 @@ def _load(build: Build) -> Any:
         if build.fp16_vae:
             vae_source = build.model.fp16_vae_hub_id
             parts["vae"] = diffusers.AutoencoderKL.from_pretrained(vae_source, dtype=dtype)
+        if build.tiny_vae:
+            parts["vae"] = diffusers.AutoencoderTiny.from_pretrained(build.model.tiny_vae_hub_id, dtype=dtype)
         source = {
             "embedded": str(PACKAGE / build.model.embedded),
             "pretrained": build.model.hub_id,
@@ -151,7 +153,8 @@ def _from_configs(build: Build) -> Any:
         torch.manual_seed(0)
         parts = {
             "unet": diffusers.UNet2DConditionModel.from_config(config("unet")),
-            "vae": diffusers.AutoencoderKL.from_config(config(vae)),
+            # diffusers' defaults are TAESD's.
+            "vae": diffusers.AutoencoderTiny() if build.tiny_vae else diffusers.AutoencoderKL.from_config(config(vae)),
             "text_encoder": text_encoder("text_encoder"),
             "text_encoder_2": text_encoder("text_encoder_2"),
         }

@@ -238,18 +238,23 @@ def find_model(name: str) -> Model:
     return lookup("model", name, MODELS)
 
 
-def find_ladder(name: str, device: Device) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
-    """A ladder's recipes as this device can measure them, and what was left out of them.
+def find_ladder(name: str, device: Device, model: Model) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
+    """A ladder's recipes as they can be measured with this model on this device, and what was left out of them.
 
-    Ladders are written once for all devices. A name that runs on another one is left out of all rungs, and a rung that
-    differed from an earlier one by such names alone is left out, because it would measure nothing new.
+    Ladders are written once for all. A name that runs on another device, or changes what the model hasn't got, is left
+    out of all rungs, and a rung that differed from an earlier one by such names alone is left out, because it would
+    measure nothing new.
     """
     recipes = lookup("ladder", name, LADDERS)
-    absent = dict.fromkeys(
-        each for recipe in recipes for each in recipe.optimizations if device.kind not in OPTIMIZATIONS[each].devices
-    )
+    absent: dict[str, str] = {}
+    for each in (name for recipe in recipes for name in recipe.optimizations):
+        known = OPTIMIZATIONS[each]
+        if device.kind not in known.devices:
+            absent[each] = f"it runs on another device than this {device.kind}"
+        elif known.model_needs and not getattr(model, known.model_needs):
+            absent[each] = f"{model.name} has no {known.model_needs}"
     fitted: dict[Recipe, Recipe] = {}  # each as it was written, and as it can be measured
-    notes = [f"{each} is left out: it runs on another device than this {device.kind}" for each in absent]
+    notes = [f"{each} is left out: {why}" for each, why in absent.items()]
     for recipe in recipes:
         fits = replace(recipe, optimizations=tuple(each for each in recipe.optimizations if each not in absent))
         same = [

@@ -54,9 +54,11 @@ LADDERS: dict[str, tuple[Recipe, ...]] = {
         PLAIN,
         *CONTROLS,
         PLAIN.plus("guidance-cutoff", "guidance_cutoff"),
+        PLAIN.plus("tiny-vae", "tiny_vae"),
         PLAIN.plus("feature-reuse", "feature_reuse"),
         PLAIN.plus("feature-forecast", "feature_forecast"),
         PLAIN.plus("cutoff-and-forecast", "guidance_cutoff", "feature_forecast"),
+        PLAIN.plus("all", "guidance_cutoff", "feature_forecast", "tiny_vae"),
     ),
     "cpu": (SDPA, COMPILE, FUSED_QKV),  # its three experiments on a CPU
     # One recipe under two names: what differs between them is the noise of the machine.

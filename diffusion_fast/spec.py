@@ -63,6 +63,7 @@ class Model(_Json):
     embedded: str = ""  # weights="embedded": a folder of this package, in diffusers format
     configs: str = ""  # weights="random": a folder of component configs under configs/
     fp16_vae_hub_id: str = ""  # a VAE fine-tuned to stay finite in float16
+    tiny_vae_hub_id: str = ""  # a small VAE for the same latents, an AutoencoderTiny
     fp16_vae_config: str = ""  # its config in `configs`
     int8_excluded_shapes: tuple[tuple[int, int], ...] = ()  # (in, out) features; empty: chosen by rows and features
 

@@ -102,7 +102,7 @@ def worker(task: str, *arguments: str) -> None:
 def compare(what: str, slower: str, rounds: str) -> None:
     """Print one comparison as JSON."""
     device = plan.Device("cpu", "CPU")
-    recipes, _ = plan.find_ladder("aa", device)
+    recipes, _ = plan.find_ladder("aa", device, plan.find_model("tiny"))
     planned = plan.plan_ladder("aa", recipes, plan.find_model("tiny"), device, plan.Settings(accuracy_prompts=0))
     start = time.monotonic()
     with tempfile.TemporaryDirectory() as root:

@@ -19,7 +19,7 @@ H100 = plan.Device("cuda", "NVIDIA H100", (9, 0))
 
 def planned(name: str = "progressive", device: plan.Device = CPU, model: str = "tiny", **settings: Any) -> Ladder:
     chosen = plan.Settings(**settings)
-    recipes, notes = plan.find_ladder(name, device)
+    recipes, notes = plan.find_ladder(name, device, plan.find_model(model))
     return plan.plan_ladder(name, recipes, plan.find_model(model), device, chosen, notes)
 
 

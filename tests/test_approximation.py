@@ -11,9 +11,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from diffusion_fast.optimizations import approximation, same_work
+from diffusion_fast.models import MODELS
+from diffusion_fast.optimizations import OPTIMIZATIONS, Build, approximation, same_work
 from diffusion_fast.optimizations.approximation import REUSE_EVERY, ReusedFeatures
-from diffusion_fast.pipeline import call, call_for
+from diffusion_fast.pipeline import _from_configs, call, call_for
+from tests.conftest import planned
 from tests.test_optimizations import build
 
 
@@ -124,3 +126,19 @@ def test_both_together_compute_in_full_where_the_rows_change() -> None:
     call(made)
     assert middle == [2, 2, 1, 1]  # steps 0, 3, 4 (guidance has ended) and 6
     assert approximation.GUIDED == 0.5
+
+
+def test_a_tiny_vae_decodes_sdxls_latents_to_the_same_size() -> None:
+    """On the meta device: SDXL in full, with a decoder a thirtieth the size of its own."""
+    spec = replace(planned(model="sdxl", weights="random").rungs[0], device="meta")  # type: ignore[arg-type]
+    made = Build(MODELS["sdxl"], spec)
+    assert OPTIMIZATIONS["tiny_vae"].apply(made) == {}
+    made.pipe = _from_configs(made)
+    assert made.proofs["tiny_vae"]() == {"vae": "random"}
+    for name in ("sdpa", "channels_last", "fused_qkv"):
+        OPTIMIZATIONS[name].apply(made)
+    assert made.pipe.vae.decode(torch.zeros(1, 4, 128, 128, device="meta")).sample.shape == (1, 3, 1024, 1024)
+    assert sum(parameter.numel() for parameter in made.pipe.vae.decoder.parameters()) < 83_653_863 / 30
+    made.pipe.vae = torch.nn.Identity()
+    with pytest.raises(RuntimeError, match="tiny_vae: the pipeline decodes by Identity"):
+        made.proofs["tiny_vae"]()

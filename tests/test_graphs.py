@@ -11,11 +11,14 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, PNDMScheduler
 from peft import LoraConfig
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_fast import graphs
 from diffusion_fast.graphs import Graphed
-from diffusion_fast.optimizations import Build, compilation
-from diffusion_fast.pipeline import call
+from diffusion_fast.models import MODELS
+from diffusion_fast.optimizations import OPTIMIZATIONS, Build, compilation
+from diffusion_fast.pipeline import _from_configs, call
+from tests.conftest import planned
 from tests.test_optimizations import build
 
 
@@ -149,6 +152,51 @@ def test_an_adapter_that_comes_later_is_honoured(monkeypatch: pytest.MonkeyPatch
         each.denoiser.disable_adapters()
     assert pictures(made) == before
     assert made.proofs["cuda_graph"]()["unet step"]["captures"] == 3
+
+
+class Host(TorchDispatchMode):
+    """Notes what would make the device wait for the host, or copy from it: values that are asked for, other tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs, out)) if isinstance(leaf, torch.Tensor)]
+        if any(tensor.device.type != "meta" for tensor in tensors) or any(
+            name in str(function) for name in ("_local_scalar_dense", "nonzero")
+        ):
+            self.seen.append(str(function))
+        return out
+
+
+def test_nothing_that_is_captured_of_sdxl_needs_the_host() -> None:
+    """At full size, on the device without memory: a capture would fail at the first of these."""
+    spec = replace(planned(model="sdxl", weights="random").rungs[0], device="meta")  # type: ignore[arg-type]
+    made = Build(MODELS["sdxl"], spec)
+    made.pipe = _from_configs(made)
+    for name in ("sdpa", "channels_last", "no_layout_copies", "fused_qkv", "feature_forecast"):
+        OPTIMIZATIONS[name].apply(made)
+
+    def tensor(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(shape, dtype=of, device="meta")
+
+    step = tensor(2, 4, 128, 128), tensor(), tensor(2, 77, 2048)
+    added = {"text_embeds": tensor(2, 1280), "time_ids": tensor(2, 6)}
+    given: dict[str, tuple[Any, ...]] = {
+        "text_encoder": (tensor(1, 77, of=torch.long),),
+        "text_encoder_2": (tensor(1, 77, of=torch.long),),
+        "unet full": (*step, added, None, None),
+        "unet shallow": (*step, added, None, tensor(2, 640, 128, 128)),
+        "vae.decoder": (tensor(1, 4, 128, 128),),
+    }
+    launched = {name: getattr(owner, attribute) for name, owner, attribute in made.launched()}
+    assert set(launched) == set(given)
+    for name, arguments in given.items():
+        with Host() as host:
+            launched[name](*arguments)
+        assert host.seen == [], name
 
 
 def test_a_network_that_was_never_replayed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

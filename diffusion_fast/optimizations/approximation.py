@@ -191,3 +191,20 @@ def guidance_cutoff(build: Build) -> dict[str, Any]:
         "callback_on_step_end_tensor_inputs": [name for name in known if not name.startswith("negative")],
     }
     return {"guided_steps": guided, "steps": build.spec.steps}
+
+
+@optimization(stage="load", excludes=("vae_fp16_fix",), model_needs="tiny_vae_hub_id", lossless=False, same_work=False)
+def tiny_vae(build: Build) -> dict[str, Any]:
+    """Decode by a small VAE that was distilled from the model's own: a few convolutions, no attention.
+
+    https://github.com/madebyollin/taesd
+    """
+    build.tiny_vae = True
+
+    def proof() -> dict[str, Any]:
+        if type(build.pipe.vae).__name__ != "AutoencoderTiny":
+            raise RuntimeError(f"tiny_vae: the pipeline decodes by {type(build.pipe.vae).__name__}")
+        return {"vae": "random" if build.spec.weights == "random" else build.model.tiny_vae_hub_id}
+
+    build.proofs["tiny_vae"] = proof
+    return {}

@@ -67,7 +67,8 @@ def fused_qkv(build: Build) -> dict[str, Any]:
     """
     from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 
-    build.pipe.fuse_qkv_projections()
+    with_attention = any(isinstance(module, Attention) for module in build.pipe.vae.modules())
+    build.pipe.fuse_qkv_projections(vae=with_attention)
     fused = freed = 0
     for network in (build.denoiser, build.pipe.vae):
         for module in network.modules():

@@ -24,6 +24,7 @@ class Build:
     spec: RunSpec
     dtype: str = "float32"
     fp16_vae: bool = False
+    tiny_vae: bool = False
     compile_options: dict[str, Any] = field(default_factory=dict)
     call_arguments: dict[str, Any] = field(default_factory=dict)  # of the pipeline, beside what the spec says
     step_calls: list[tuple[str, Any, str]] = field(default_factory=list)  # see `launched`
