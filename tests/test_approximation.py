@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 
 from diffusion_fast.models import MODELS
 from diffusion_fast.optimizations import OPTIMIZATIONS, Build, approximation, same_work
@@ -43,6 +43,9 @@ def test_deep_blocks_compute_every_third_step_and_the_outermost_all() -> None:
     assert applied["feature_reuse"] == {"every": REUSE_EVERY}
     call(made)  # a new trajectory starts with a full step, wherever the one before has ended
     assert len(middle) == 6
+    made.pipe.scheduler = DPMSolverMultistepScheduler.from_config(made.pipe.scheduler.config)
+    call(made)  # and whoever schedules it
+    assert len(middle) == 9
     assert not same_work(made.spec.optimizations)
 
 

@@ -39,8 +39,8 @@ def _reuse(build: Build, name: str, every: int, points: int) -> dict[str, Any]:
     reused = ReusedFeatures(build.denoiser, every, points)
     build.step_calls = [("full", reused, "full"), ("shallow", reused, "shallow")]
     build.denoiser.forward = reused
-    scheduler = build.pipe.scheduler
-    scheduler.set_timesteps = reused.start_before(scheduler.set_timesteps)
+    # Every call prepares its latents once, whatever its scheduler is by then.
+    build.pipe.prepare_latents = reused.start_before(build.pipe.prepare_latents)
 
     def proof() -> dict[str, Any]:
         if not (reused.full_steps and reused.shallow_steps):
@@ -157,6 +157,10 @@ def _attending(block: Any, text: Any) -> dict[str, Any]:
     return {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
 
 
+def _guided(steps: int) -> int:
+    return max(1, round(GUIDED * steps))
+
+
 @optimization(stage="approximate", lossless=False, same_work=False)
 def guidance_cutoff(build: Build) -> dict[str, Any]:
     """Guide the first half of the steps, and give the denoiser the prompt alone in the others: half the rows.
@@ -166,13 +170,13 @@ def guidance_cutoff(build: Build) -> dict[str, Any]:
     """
     if build.spec.guidance_scale <= 1:
         raise RuntimeError(f"guidance_cutoff: a scale of {build.spec.guidance_scale:g} guides no step")
-    guided = max(1, round(GUIDED * build.spec.steps))
+    guided = _guided(build.spec.steps)
     known = type(build.pipe)._callback_tensor_inputs
     halves = 0
 
     def end_guidance(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         nonlocal halves
-        if step != guided - 1:
+        if step != _guided(pipe.num_timesteps) - 1:
             return {}
         pipe._guidance_scale = 0.0  # as diffusers' own callback does: the pipeline then no longer doubles the latents
         rows = 2 * tensors.pop("latents").shape[0]
