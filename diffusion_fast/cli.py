@@ -298,7 +298,11 @@ def sensitivity(
             check_weights(chosen, planned.rungs[0].weights, plan.hub_parts(planned, chosen))
         except WeightsUnreachableError as error:
             fail(str(error), 1)
-    if not pass_.launch(planned.rungs[0], target, output):
+    try:
+        done = pass_.launch(planned.rungs[0], target, output)
+    except OSError as error:
+        fail(f"--output {output} can't be written to: {error}.", 2)
+    if not done:
         fail(f"the pass has failed; {output / spool.LOG} says why.", 1)
     console.tell_sensitivity(spool.read_json(output / pass_.FILE))
     click.echo(output / pass_.FILE)
@@ -385,7 +389,7 @@ def _measure(
                 compile_mode=None if compile_mode == "auto" else compile_mode,
                 prompt=None if prompt == "auto" else prompt,
                 guidance_scale=guidance,
-                kept=read_kept(keep) if keep else (),
+                kept=read_kept(keep, model) if keep else (),
                 **settings,
             )
             first = rounds if until is None else max(rounds, UNTIL_ROUNDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +27,10 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[Verdict]:
 
     An approximation is compared with the fastest control that isn't faster than itself.
     """
-    measured = sorted((row for row in rows if row["status"] == "FINISHED"), key=lambda row: str(row["rung"]))
-    if not measured:
-        return []
-    plain = measured[0]
+    ordered = sorted(rows, key=lambda row: str(row["rung"]))
+    if not ordered or ordered[0]["status"] != "FINISHED" or ordered[0].get("weights") == "random":
+        return []  # what random weights paint says nothing of a picture
+    plain, measured = ordered[0], [row for row in ordered if row["status"] == "FINISHED"]
     controls = [
         row
         for row in measured
@@ -46,13 +47,10 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[Verdict]:
 
 
 def _against(row: dict[str, Any], control: dict[str, Any]) -> Verdict:
-    closeness = next((name for name in CLOSENESS if name in row and name in control), None)
-    if closeness is None:
-        return Verdict(row["rung"], control["rung"], False, f"{_named(row)} has no picture to compare with")
-    closer = row[closeness] > control[closeness]
+    ours, theirs = _closeness(row, control)
+    closer = ours > theirs
     parts = [
-        f"{'closer' if closer else 'not closer'} to the picture of all steps "
-        f"({row[closeness]:.1f} dB against {control[closeness]:.1f} dB)"
+        f"{'closer' if closer else 'not closer'} to the picture of all steps ({ours:.1f} dB against {theirs:.1f} dB)"
     ]
     better = True
     if "prompt_accuracy" in row and "prompt_accuracy" in control:
@@ -66,6 +64,12 @@ def _against(row: dict[str, Any], control: dict[str, Any]) -> Verdict:
     return Verdict(
         row["rung"], control["rung"], earned, f"{_named(row)} {judged} beside {_named(control)}: {', '.join(parts)}"
     )
+
+
+def _closeness(row: dict[str, Any], control: dict[str, Any]) -> tuple[float, float]:
+    """The PSNR of both, in dB. One that isn't there is infinite: of what is equal to the reference there is none."""
+    name = next((name for name in CLOSENESS if name in row or name in control), CLOSENESS[-1])
+    return row.get(name, math.inf), control.get(name, math.inf)
 
 
 def _slowest(row: dict[str, Any], plain: dict[str, Any]) -> Verdict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -105,28 +106,36 @@ class ImagewiseConvolution(torch.nn.Module):
 
 def quantize_convolutions(network: Any, number_format: torch.dtype) -> int:
     """Put eight-bit convolutions in the place of all that can be. Returns their number."""
-    found = 0
-    for name, module in list(network.named_modules()):
+
+    def make(module: Any) -> Any:
         if isinstance(module, torch.nn.Conv2d) and ImagewiseConvolution.can_be(module):
-            owner, _, attribute = name.rpartition(".")
-            setattr(network.get_submodule(owner), attribute, ImagewiseConvolution(module, number_format))
-            found += 1
-    return found
+            return ImagewiseConvolution(module, number_format)
+        return None
+
+    return _replace(network, make)
 
 
 def quantize(network: Any, chosen: set[torch.nn.Linear], number_format: torch.dtype) -> int:
     """Put eight-bit layers in the place of `chosen` linears. Returns how many feed-forwards became one kernel fewer."""
-    for name, module in list(network.named_modules()):
-        if module in chosen:
+    _replace(network, lambda module: RowwiseLinear(module, number_format) if module in chosen else None)
+
+    def make(module: Any) -> Any:
+        layers = _both_layers(module) if isinstance(module, FeedForward) else None
+        return RowwiseFeedForward(*layers) if layers else None
+
+    return _replace(network, make)
+
+
+def _replace(network: Any, make: Callable[[Any], Any]) -> int:
+    """Put what `make` makes of a module in its place, under all of its names. Returns how many were replaced."""
+    made: dict[Any, Any] = {}
+    for name, module in list(network.named_modules(remove_duplicate=False)):
+        if module not in made:
+            made[module] = make(module)
+        if made[module] is not None:
             owner, _, attribute = name.rpartition(".")
-            setattr(network.get_submodule(owner), attribute, RowwiseLinear(module, number_format))
-    fused = 0
-    for name, module in list(network.named_modules()):
-        if isinstance(module, FeedForward) and (layers := _both_layers(module)):
-            owner, _, attribute = name.rpartition(".")
-            setattr(network.get_submodule(owner), attribute, RowwiseFeedForward(*layers))
-            fused += 1
-    return fused
+            setattr(network.get_submodule(owner), attribute, made[module])
+    return sum(new is not None for new in made.values())
 
 
 def _both_layers(feed_forward: FeedForward) -> tuple[RowwiseLinear, RowwiseLinear] | None:

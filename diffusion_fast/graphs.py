@@ -5,8 +5,9 @@ https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 
 from __future__ import annotations
 
+import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -44,12 +45,19 @@ class Graphed:
     """`function`, recorded once for each combination of its arguments' shapes, dtypes and plain values.
 
     Other shapes are recorded when they come, up to MOST; further ones are computed without a graph, and counted in
-    `eager_calls`. What is returned is the caller's own: the next replay doesn't change it. `forget` drops all
-    recordings, for when what `function` does has changed.
+    `eager_calls`. What is returned is the caller's own: the next replay doesn't change it. `state` is what else
+    the recording depends on.
     """
 
-    def __init__(self, name: str, function: Callable[..., Any], device: Any, record: Record | None = None) -> None:
-        self.name, self.function, self.device = name, function, device
+    def __init__(
+        self,
+        name: str,
+        function: Callable[..., Any],
+        device: Any,
+        record: Record | None = None,
+        state: Callable[[], Hashable] = lambda: None,
+    ) -> None:
+        self.name, self.function, self.device, self.state = name, function, device, state
         self.record = record or record_on_gpu
         self.captured: dict[Any, Captured] = {}
         self.captures = self.replays = self.eager_calls = 0
@@ -63,7 +71,11 @@ class Graphed:
         leaves, tree = pytree.tree_flatten((args, kwargs))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         # Strides don't count: an input is copied into the graph's own, whose strides are those of the first.
-        key = tree, tuple((leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+        key = (
+            self.state(),
+            tree,
+            tuple((leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves),
+        )
         found = self.captured.get(key)
         if found is None:
             if len(self.captured) >= MOST:
@@ -74,9 +86,6 @@ class Graphed:
         found.replay()
         self.replays += 1
         return pytree.tree_map_only(torch.Tensor, torch.Tensor.clone, found.outputs)
-
-    def forget(self) -> None:
-        self.captured.clear()
 
     def account(self) -> dict[str, int]:
         return {"captures": self.captures, "replays": self.replays, "eager_calls": self.eager_calls}
@@ -107,26 +116,41 @@ def record_on_gpu(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]
     """Record what `function` launches. Returns how to launch it again, and the tensors that it fills each time."""
     import torch
 
-    # Warm-up calls happen on a stream of their own, as captures must: what libraries allocate is allocated there.
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    place = _place()
+    # Warm-up calls happen on the stream of the capture: cuBLAS keeps a workspace for each stream that it has met, which
+    # then is there already, once, and not in the graphs' memory.
+    place.stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(place.stream):
         for _ in range(WARMUPS):
             function()
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.current_stream().wait_stream(place.stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool()):
+    with torch.cuda.graph(graph, pool=place.pool, stream=place.stream):
         outputs = function()
     return graph.replay, outputs
 
 
-_POOLS: list[Any] = []
+@dataclass
+class Place:
+    """Where this process's graphs are captured: one stream, and one pool of memory, for no two are replayed at once."""
+
+    stream: Any
+    pool: Any
 
 
-def _pool() -> Any:
-    """One pool of memory for all graphs of this process: they are never replayed at the same time."""
+@functools.cache
+def _place() -> Place:
     import torch
 
-    if not _POOLS:
-        _POOLS.append(torch.cuda.graph_pool_handle())
-    return _POOLS[0]
+    return Place(torch.cuda.Stream(), torch.cuda.graph_pool_handle())
+
+
+def forget(graphed: Iterable[Graphed]) -> None:
+    """Drop all recordings, for when what was recorded has changed. They must be all that this process has."""
+    for each in graphed:
+        each.captured.clear()
+    if _place.cache_info().currsize:
+        import torch
+
+        # A pool whose graphs are all gone can't be used again while anything of it is held.
+        _place().pool = torch.cuda.graph_pool_handle()

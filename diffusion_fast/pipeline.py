@@ -125,7 +125,7 @@ def _load(build: Build) -> Any:
         verify(Path(source), required=build.spec.weights == "embedded")
         pipe = pipeline_class.from_pretrained(source, dtype=dtype, use_safetensors=True, **parts)
         pipe.to(build.spec.device)
-    if build.model.outliers:
+    if build.model.outliers and build.spec.weights != "random":
         outliers.put_in(getattr(pipe, build.model.denoiser))
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -149,17 +149,21 @@ def _from_configs(build: Build) -> Any:
         return getattr(transformers, data["architectures"][0])(transformers.CLIPTextConfig(**data))
 
     vae = build.model.fp16_vae_config if build.fp16_vae else "vae"
+    makers: dict[str, Callable[[], Any]] = {
+        "unet": lambda: diffusers.UNet2DConditionModel.from_config(config("unet")),
+        "vae": lambda: diffusers.AutoencoderKL.from_config(config(vae)),
+        "text_encoder": lambda: text_encoder("text_encoder"),
+        "text_encoder_2": lambda: text_encoder("text_encoder_2"),
+    }
+    if build.tiny_vae:
+        makers["vae"] = diffusers.AutoencoderTiny  # by its defaults, which are TAESD's
+    parts = {}
     with torch.device(build.spec.device):
-        torch.manual_seed(0)
-        parts = {
-            "unet": diffusers.UNet2DConditionModel.from_config(config("unet")),
-            # diffusers' defaults are TAESD's.
-            "vae": diffusers.AutoencoderTiny() if build.tiny_vae else diffusers.AutoencoderKL.from_config(config(vae)),
-            "text_encoder": text_encoder("text_encoder"),
-            "text_encoder_2": text_encoder("text_encoder_2"),
-        }
-    for part in parts.values():
-        part.eval().requires_grad_(False)
+        for name, make in makers.items():
+            torch.manual_seed(0)  # each, so that another VAE doesn't come with other text encoders
+            parts[name] = make().eval().requires_grad_(False)
+    if build.model.outliers:
+        outliers.put_in(parts[build.model.denoiser])  # in fp32: every dtype then rounds the same weights
     scheduler = config("scheduler")
     return getattr(diffusers, build.model.pipeline)(
         **parts,

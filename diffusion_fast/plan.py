@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from diffusion_fast import world
 from diffusion_fast.models import MODELS
-from diffusion_fast.optimizations import OPTIMIZATIONS, STAGES, compiles, eight_bit_format
+from diffusion_fast.optimizations import OPTIMIZATIONS, STAGES, compiles, eight_bit_format, same_work
 from diffusion_fast.recipes import LADDERS
 from diffusion_fast.spec import REFERENCE, Ladder, Model, Recipe, RunSpec
 
@@ -123,8 +123,8 @@ def plan_recipe(model: Model, recipe: Recipe, device: Device) -> tuple[str, ...]
             need, have = (".".join(map(str, pair)) for pair in (known.min_capability, device.capability))
             raise ValueError(f"{name} needs compute capability {need}, and {device.name} has {have}.")
         field, needed = known.requires_where
-        if field and getattr(model, field) and needed not in names:
-            raise ValueError(f"{name} requires {needed} on {model.name}: add {needed}.")
+        if field and getattr(model, field) and not names & set(needed):
+            raise ValueError(f"{name} requires {' or '.join(needed)} on {model.name}: add {needed[0]}.")
         if known.model_needs and not getattr(model, known.model_needs):
             raise ValueError(f"{name} can't be applied to {model.name}: it has no {known.model_needs}.")
     order = list(OPTIMIZATIONS)
@@ -151,11 +151,18 @@ def plan_ladder(
     for what in ("height", "width"):
         if (getattr(settings, what) or 8) % 8:
             raise ValueError(f"{what} must be a multiple of 8, not {getattr(settings, what)}.")
+    scale = model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
     prompt = model.prompt if settings.prompt is None else settings.prompt
     if model.small_world and world.parse(prompt) is None:
         notes += (f"{model.name} knows only its small world, of scenes like {model.prompt!r}: this prompt isn't one",)
     accuracy_prompts = _accuracy_prompts(model, settings)
     recipes = tuple(recipes)
+    for name_ in {each for recipe in recipes for each in recipe.optimizations}:
+        if lookup("optimization", name_, OPTIMIZATIONS).needs_guidance and scale <= 1:
+            raise ValueError(f"{name_} needs a guidance scale above 1, and there is no guidance at {scale:g}.")
+    approximate = any(not same_work(recipe.optimizations) for recipe in recipes)
+    if approximate and (settings.weights or model.default_weights) == "random":
+        notes += ("random weights paint no picture: what an approximation loses can't be told from it",)
     if settings.kept and not any(eight_bit_format(recipe.optimizations) for recipe in recipes):
         raise ValueError("--keep is about layers that a recipe for eight bits would quantize, and there is none.")
     now = datetime.now(UTC)
@@ -178,7 +185,7 @@ def plan_ladder(
             batch_size=settings.batch_size,
             height=settings.height or model.height,
             width=settings.width or model.width,
-            guidance_scale=model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale,
+            guidance_scale=scale,
             seed=settings.seed,
             kept=settings.kept if eight_bit_format(recipe.optimizations) else (),
             accuracy_prompts=accuracy_prompts,
@@ -251,6 +258,8 @@ def find_ladder(name: str, device: Device, model: Model) -> tuple[tuple[Recipe, 
         known = OPTIMIZATIONS[each]
         if device.kind not in known.devices:
             absent[each] = f"it runs on another device than this {device.kind}"
+        elif device.capability is not None and device.capability < known.min_capability:
+            absent[each] = f"{device.name} has too low a compute capability"
         elif known.model_needs and not getattr(model, known.model_needs):
             absent[each] = f"{model.name} has no {known.model_needs}"
     fitted: dict[Recipe, Recipe] = {}  # each as it was written, and as it can be measured

@@ -19,6 +19,7 @@ from typing import Any
 from diffusion_fast import spool
 from diffusion_fast.optimizations import OPTIMIZATIONS, Build, eight_bit_format
 from diffusion_fast.spec import RunSpec
+from diffusion_fast.worker import end_with_parent
 
 FILE = "sensitivity.json"
 STEPS_SEEN = 3  # of those that onestep records: the first, the middle and the last
@@ -88,6 +89,7 @@ def measure(spec: RunSpec, target: float | None, tell: Any) -> dict[str, Any]:
         build.denoiser, {chosen[layer.name] for layer in layers if layer.name not in kept}, number_format
     )
     return {
+        "model": spec.model,
         "format": name_of_format,
         "target": target,
         "kept": kept,
@@ -106,12 +108,15 @@ def _place(build: Build, name: str) -> tuple[Any, str]:
     return build.denoiser.get_submodule(owner), attribute
 
 
-def read_kept(path: Path) -> tuple[str, ...]:
-    """The layers that an earlier pass decided to keep. Raises ValueError where the file isn't one of its."""
+def read_kept(path: Path, model: str) -> tuple[str, ...]:
+    """The layers that an earlier pass decided to keep. Raises ValueError where it was of another model, or none."""
     try:
-        return tuple(spool.read_json(path)["kept"])
+        found = spool.read_json(path)
+        if found["model"] != model:
+            raise ValueError(f"it is about {found['model']}, and this is {model}")
+        return tuple(found["kept"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} isn't what `diffusion-fast sensitivity` writes: {error!r}.") from error
+        raise ValueError(f"{path} isn't what `diffusion-fast sensitivity` writes for it: {error}.") from error
 
 
 def launch(spec: RunSpec, target: float | None, folder: Path) -> bool:
@@ -131,4 +136,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     main(Path(sys.argv[1]))

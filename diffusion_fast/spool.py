@@ -6,8 +6,8 @@ SPOOL/LADDER/ladder.json
              00-baseline/r1-a1/      spec.json, result.json | failure.json, image.png, image.jpg, result.csv,
                                      log.txt, progress.txt, environment.json, requirements.txt,
                                      prompts.json, prompts.jpg (where prompts were judged),
-                             profile.md, trace.json.gz (where it was profiled),
-                             compile-cache.zip (where it was saved)
+                                     profile.md, trace.json.gz (where it was profiled),
+                                     compile-cache.zip (where it was saved)
              .cache/00-baseline/     the rung's compile caches
              .cache/all/             those that the points of a sweep share
 

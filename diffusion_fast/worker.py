@@ -363,7 +363,8 @@ def _limits(build: Build, flops_file: Path, latency_s: float) -> dict[str, Any]:
 def _profile(build: Build, folder: Path, flops_file: Path, limits: dict[str, float]) -> dict[str, Any]:
     from diffusion_fast import profile
 
-    flops = spool.read_json(flops_file) if flops_file.is_file() else {}
+    known = flops_file.is_file() and same_work(build.spec.optimizations)
+    flops = spool.read_json(flops_file) if known else {}
     return {"profile": profile.profile(build, folder, flops, limits)}
 
 

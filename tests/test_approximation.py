@@ -119,8 +119,10 @@ def test_guidance_ends_after_half_of_the_steps_with_the_prompt_of_each_row() -> 
 
 
 def test_without_guidance_there_is_none_to_end() -> None:
-    with pytest.raises(RuntimeError, match="guidance_cutoff: a scale of 1 guides no step"):
-        build("guidance_cutoff", guidance_scale=1.0)
+    with pytest.raises(
+        ValueError, match="guidance_cutoff needs a guidance scale above 1, and there is no guidance at 1"
+    ):
+        planned("turbo", guidance_scale=1.0)
 
 
 def test_both_together_compute_in_full_where_the_rows_change() -> None:

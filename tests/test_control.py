@@ -59,6 +59,19 @@ def test_what_is_no_faster_than_the_plain_recipe_earns_nothing() -> None:
     assert found.sentence == "03-a (1.1 s) is no faster than 00-plain (1 s)"
 
 
+def test_what_equals_the_reference_is_as_close_as_can_be() -> None:
+    same = {key: value for key, value in row("03-a", 0.6, names=REUSE).items() if key != "psnr_db"}
+    (found,) = verdicts([PLAIN, *CONTROLS, same])
+    assert found.earned
+    assert "(inf dB against 40.0 dB)" in found.sentence
+
+
+def test_random_weights_and_a_failed_first_rung_say_nothing() -> None:
+    rest = [*CONTROLS, row("03-a", 0.6, names=REUSE)]
+    assert verdicts([PLAIN | {"weights": "random"}, *rest]) == []
+    assert verdicts([PLAIN | {"status": "FAILED"}, *rest]) == []
+
+
 def test_a_ladder_without_controls_or_without_approximations_says_nothing() -> None:
     assert verdicts([PLAIN, row("01-a", 0.6, names=REUSE)]) == []
     assert verdicts([PLAIN, *CONTROLS, row("03-int8", 0.6, names="bf16,sdpa,int8_dynamic")]) == []

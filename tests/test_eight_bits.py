@@ -16,7 +16,14 @@ from peft import LoraConfig
 
 from diffusion_fast import plan, sensitivity
 from diffusion_fast.cli import main
-from diffusion_fast.eight_bits import FORMATS, ImagewiseConvolution, RowwiseFeedForward, RowwiseLinear, quantize
+from diffusion_fast.eight_bits import (
+    FORMATS,
+    ImagewiseConvolution,
+    RowwiseFeedForward,
+    RowwiseLinear,
+    quantize,
+    quantize_convolutions,
+)
 from diffusion_fast.models import MODELS
 from diffusion_fast.pipeline import call
 from diffusion_fast.sensitivity import Layer, choose
@@ -141,6 +148,15 @@ def test_convolutions_in_eight_bits_keep_the_picture(monkeypatch: pytest.MonkeyP
     assert 0 < (found - exact).norm() / exact.norm() < 0.1
 
 
+def test_a_layer_with_two_names_is_replaced_under_both() -> None:
+    whole = torch.nn.Module()
+    whole.one = torch.nn.Conv2d(16, 16, 3, padding=1)
+    whole.other = whole.one  # as diffusers' Downsample2D(name="conv") has it
+    assert quantize_convolutions(whole, FORMATS["fp8"]) == 1
+    assert whole.one is whole.other
+    assert isinstance(whole.one, ImagewiseConvolution)
+
+
 def eight_bit(name: str, monkeypatch: pytest.MonkeyPatch, *more: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
     """The bundled model in bf16 and eight bits, compiled by nobody."""
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
@@ -233,7 +249,9 @@ def test_the_command_writes_what_keep_reads(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "out" / "sensitivity.json").read_text())
     assert f"{len(found['layers']) - len(found['kept'])} of {len(found['layers'])} layers in fp8" in done.output
-    assert sensitivity.read_kept(tmp_path / "out" / "sensitivity.json") == tuple(found["kept"])
+    assert sensitivity.read_kept(tmp_path / "out" / "sensitivity.json", "tiny") == tuple(found["kept"])
+    with pytest.raises(ValueError, match="it is about tiny, and this is sdxl"):
+        sensitivity.read_kept(tmp_path / "out" / "sensitivity.json", "sdxl")
     assert found["kept"]
 
 
@@ -246,7 +264,7 @@ def test_the_command_writes_what_keep_reads(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_input_is_one_sentence(tmp_path: Path, arguments: tuple[str, ...], sentence: str) -> None:
-    (tmp_path / "good.json").write_text('{"kept": ["a.layer"]}')
+    (tmp_path / "good.json").write_text('{"model": "tiny", "kept": ["a.layer"]}')
     (tmp_path / "bad.json").write_text("[]")
     files = {"good": tmp_path / "good.json", "bad": tmp_path / "bad.json"}
     chosen = [argument.format(**files) for argument in arguments]

@@ -88,6 +88,15 @@ def test_past_the_most_shapes_it_computes_without_a_graph_and_warns_once() -> No
     assert graphed.account() == {"captures": 16, "replays": 16, "eager_calls": 3}
 
 
+def test_what_else_a_recording_depends_on_is_part_of_its_key() -> None:
+    strength = [1.0]
+    graphed = Graphed("double", lambda x: x * strength[0], "cpu", record, state=lambda: strength[0])
+    assert graphed(torch.ones(1)).item() == 1.0
+    strength[0] = 3.0
+    assert graphed(torch.ones(1)).item() == 3.0
+    assert graphed.captures == 2
+
+
 def test_within_none_nothing_is_captured_or_replayed() -> None:
     graphed = Graphed("double", double, "cpu", record)
     with graphs.none():
@@ -152,6 +161,13 @@ def test_an_adapter_that_comes_later_is_honoured(monkeypatch: pytest.MonkeyPatch
         each.denoiser.disable_adapters()
     assert pictures(made) == before
     assert made.proofs["cuda_graph"]()["unet step"]["captures"] == 3
+    for each in (plain, made):
+        each.denoiser.enable_adapters()
+    assert pictures(made) == with_adapter
+    weaker = {"cross_attention_kwargs": {"scale": 0.25}}  # of the adapter, for one call
+    for each in (plain, made):
+        each.call_arguments = weaker
+    assert pictures(made) == pictures(plain) != with_adapter
 
 
 class Host(TorchDispatchMode):

@@ -273,7 +273,7 @@ def by_eager(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("name", ["compile", "regional_compile"])
 def test_a_shape_that_comes_again_is_not_compiled_again(by_eager: None, name: str) -> None:
     """Shapes in turn in one process, as a server gets them. The points of a sweep have a process each."""
-    with torch._dynamo.config.patch(recompile_limit=compilation.MOST_SHAPES):
+    with torch._dynamo.config.patch(recompile_limit=compilation.MOST_GRAPHS):
         made, _ = build(name, height=96, width=96)
 
         def graphs(**changes: int) -> float:

@@ -44,7 +44,7 @@ def test_an_impossible_recipe_is_refused_in_one_sentence(
 
 
 def test_fp16_requires_the_other_vae_where_the_models_own_overflows() -> None:
-    with pytest.raises(ValueError, match="fp16 requires vae_fp16_fix on sdxl"):
+    with pytest.raises(ValueError, match="fp16 requires vae_fp16_fix or tiny_vae on sdxl"):
         plan.plan_recipe(MODELS["sdxl"], Recipe("mine", ("fp16",)), H100)
     assert plan.plan_recipe(MODELS["sdxl"], Recipe("mine", ("fp16", "vae_fp16_fix")), H100)
     assert plan.plan_recipe(MODELS["tiny"], Recipe("mine", ("fp16",)), H100) == ("fp16",)
@@ -113,6 +113,27 @@ def test_what_a_model_lacks_is_left_out_and_said() -> None:
     assert "tiny_vae is left out: tiny has no tiny_vae_hub_id" in ladder.notes
     assert "the rung all is left out: here it would be cutoff-and-forecast again" in ladder.notes
     assert {spec.recipe for spec in planned("turbo", H100, "sdxl").rungs} > {"tiny-vae", "all"}
+
+
+def test_an_older_gpu_climbs_the_ladder_without_what_it_lacks() -> None:
+    a100 = plan.Device("cuda", "NVIDIA A100", (8, 0))
+    ladder = planned("fast", a100, "sdxl")
+    assert "fp8_rows is left out: NVIDIA A100 has too low a compute capability" in ladder.notes
+    assert [spec.recipe for spec in ladder.rungs][-2:] == ["cudnn", "layout"]
+
+
+def test_random_weights_say_nothing_of_approximations() -> None:
+    assert any(
+        "random weights paint no picture" in note for note in planned("turbo", H100, "sdxl", weights="random").notes
+    )
+    assert not any("random weights" in note for note in planned("fast", H100, "sdxl", weights="random").notes)
+
+
+def test_fp16_takes_either_vae_that_stays_finite() -> None:
+    for vae in ("vae_fp16_fix", "tiny_vae"):
+        assert plan.plan_recipe(MODELS["sdxl"], Recipe("mine", ("fp16", vae)), H100)
+    with pytest.raises(ValueError, match="fp16 requires vae_fp16_fix or tiny_vae on sdxl: add vae_fp16_fix"):
+        plan.plan_recipe(MODELS["sdxl"], Recipe("mine", ("fp16",)), H100)
 
 
 def test_a_recipe_of_ones_own_is_refused_for_what_runs_elsewhere() -> None:

@@ -108,6 +108,8 @@ class ReusedFeatures:
 
     def _expected(self) -> Any:
         """The features of this step, by those that were kept."""
+        if len(self.kept) == 1:
+            return self.kept[0][1]
         steps = [step for step, _ in self.kept]
         weights = [
             math.prod((self.step - other) / (step - other) for other in steps if other != step) for step in steps
@@ -161,15 +163,13 @@ def _guided(steps: int) -> int:
     return max(1, round(GUIDED * steps))
 
 
-@optimization(stage="approximate", lossless=False, same_work=False)
+@optimization(stage="approximate", lossless=False, same_work=False, needs_guidance=True)
 def guidance_cutoff(build: Build) -> dict[str, Any]:
     """Guide the first half of the steps, and give the denoiser the prompt alone in the others: half the rows.
 
     https://arxiv.org/abs/2404.07724 guides an interval of the steps, https://arxiv.org/abs/2312.12487 the first ones.
     diffusers has a callback for it, which takes a batch's last prompt for all of it.
     """
-    if build.spec.guidance_scale <= 1:
-        raise RuntimeError(f"guidance_cutoff: a scale of {build.spec.guidance_scale:g} guides no step")
     guided = _guided(build.spec.steps)
     known = type(build.pipe)._callback_tensor_inputs
     halves = 0

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import asdict
 from typing import Any
 
+from diffusion_fast import graphs
 from diffusion_fast.graphs import Graphed
 from diffusion_fast.inductor import parallel_coordinate_descent
 from diffusion_fast.optimizations.registry import Build, optimization
@@ -55,8 +56,9 @@ def regional_compile(build: Build) -> dict[str, Any]:
     """
     import torch
 
-    # Each shape of a block is a graph of the same code, and SDXL's residual blocks have more than dynamo's limit.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_SHAPES)
+    # Every shape of every block is a graph of the same code to dynamo, that of a module's call, and its limit is 8.
+    for limit in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), MOST_GRAPHS))
     regions = _regions(build.denoiser)
     counts = Counter(type(region).__name__ for region in regions)
     norms = _norms_outside(build.denoiser, regions)
@@ -72,7 +74,7 @@ def regional_compile(build: Build) -> dict[str, Any]:
     return account | {"regions": dict(counts) | ({"GroupNorm": len(norms)} if norms else {})}
 
 
-MOST_SHAPES = 64
+MOST_GRAPHS = 32 * graphs.MOST  # SDXL has some 20 for each size and batch
 EIGHT_BITS = ("RowwiseLinear", "ImagewiseConvolution")
 
 
@@ -142,7 +144,16 @@ def _compile(
 
 ADAPTER_METHODS = (
     *("load_lora_adapter", "add_adapter", "delete_adapters", "unload_lora", "fuse_lora", "unfuse_lora"),
-    *("set_adapter", "set_adapters", "enable_adapters", "disable_adapters", "enable_lora", "disable_lora"),
+    *(
+        "load_adapter",
+        "delete_adapter",
+        "set_adapter",
+        "set_adapters",
+        "enable_adapters",
+        "disable_adapters",
+        "enable_lora",
+        "disable_lora",
+    ),
 )
 
 
@@ -155,8 +166,11 @@ def cuda_graph(build: Build) -> dict[str, Any]:
     https://pytorch.org/blog/accelerating-pytorch-with-cuda-graphs/
     """
     captured = []
+    networks = dict(build.networks())
     for name, owner, attribute in build.launched():
-        graphed = Graphed(name, getattr(owner, attribute), build.pipe.device)
+        network = networks.get(name.partition(" ")[0].partition(".")[0])
+        state = functools.partial(_adapters, network)
+        graphed = Graphed(name, getattr(owner, attribute), build.pipe.device, state=state)
         setattr(owner, attribute, graphed)
         captured.append(graphed)
     for _, network in build.networks():
@@ -166,7 +180,7 @@ def cuda_graph(build: Build) -> dict[str, Any]:
 
     def proof() -> dict[str, Any]:
         idle = [graphed.name for graphed in captured if not graphed.replays]
-        if idle:
+        if idle and (build.spec.steps > 1 or not build.step_calls):  # one step is of one kind
             raise RuntimeError(f"cuda_graph: nothing was replayed of {', '.join(idle)}")
         return {graphed.name: graphed.account() for graphed in captured}
 
@@ -177,8 +191,14 @@ def cuda_graph(build: Build) -> dict[str, Any]:
 def _forgetting(captured: list[Graphed], method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(*args: Any, **kwargs: Any) -> Any:
-        for graphed in captured:
-            graphed.forget()
+        graphs.forget(captured)
         return method(*args, **kwargs)
 
     return call
+
+
+def _adapters(network: Any) -> Hashable:
+    """How strongly each adapter of a network is applied, which a call's arguments may change. Empty without any."""
+    if not getattr(network, "_hf_peft_config_loaded", False):
+        return ()
+    return tuple(tuple(module.scaling.items()) for module in network.modules() if hasattr(module, "scaling"))

@@ -27,7 +27,12 @@ def bf16(build: Build) -> dict[str, Any]:
     return _set_dtype(build, "bf16")
 
 
-@optimization(stage="load", excludes=("bf16",), devices=("cuda",), requires_where=("fp16_vae_hub_id", "vae_fp16_fix"))
+@optimization(
+    stage="load",
+    excludes=("bf16",),
+    devices=("cuda",),
+    requires_where=("fp16_vae_hub_id", ("vae_fp16_fix", "tiny_vae")),
+)
 def fp16(build: Build) -> dict[str, Any]:
     """Run every network in float16: 11 bits of mantissa, half the bytes, overflows past 65504.
 

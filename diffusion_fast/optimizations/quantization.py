@@ -109,6 +109,9 @@ def fp8_convolutions(build: Build) -> dict[str, Any]:
 
     from diffusion_fast import eight_bits
 
+    smallest = 2 ** (len(build.denoiser.config.block_out_channels) - 1) * build.pipe.vae_scale_factor
+    if build.spec.height % smallest or build.spec.width % smallest:
+        raise RuntimeError(f"fp8_convolutions: height and width have to be multiples of {smallest} pixels here")
     convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in build.denoiser.modules())
     quantized = eight_bits.quantize_convolutions(build.denoiser, eight_bits.FORMATS["fp8"])
     if not quantized:

@@ -72,10 +72,8 @@ class Optimization:
     devices: tuple[str, ...] = ("cuda", "cpu")
     min_capability: tuple[int, int] = (0, 0)
     model_needs: str = ""  # a field of Model that must not be empty
-    requires_where: tuple[str, str] = (
-        "",
-        "",
-    )  # a field of Model and a name: where the one is set, the other is required
+    # A field of Model and names: where the one is set, one of the others is required.
+    requires_where: tuple[str, tuple[str, ...]] = ("", ())
     imports: tuple[str, ...] = ()  # slow modules it needs, imported (and timed) before the pipeline loads
     modes: tuple[str, ...] = ()  # the only compile modes that it goes with, where anything compiles; none: all
     lossless: bool = True  # False: changes the image by more than rounding
@@ -83,6 +81,7 @@ class Optimization:
     number_format: str = (
         ""  # the eight-bit one of eight_bits.py that it quantizes to, but for the layers that a run keeps
     )
+    needs_guidance: bool = False  # a guidance scale above 1
     same_work: bool = True  # False: leaves out some of the model's operations, so that single steps can't be compared
 
     @property
