@@ -3,7 +3,8 @@
     python -m diffusion_fast.sensitivity FOLDER
 
 reads FOLDER/spec.json, whose recipe names an optimization for eight bits, and writes FOLDER/sensitivity.json. Errors
-are of single denoising steps from the same latents, relative to the same pipeline before it is quantized.
+are of single denoising steps from the same latents, relative to the same pipeline before it is quantized. All else is
+in fp32: in bf16 any change at all, however small, comes out as large as bf16's own rounding.
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from diffusion_fast import spool
 from diffusion_fast.optimizations import OPTIMIZATIONS, Build, eight_bit_format
-from diffusion_fast.spec import RunSpec
+from diffusion_fast.spec import DTYPES, RunSpec
 from diffusion_fast.worker import end_with_parent
 
 FILE = "sensitivity.json"
@@ -63,7 +64,10 @@ def measure(spec: RunSpec, target: float | None, tell: Any) -> dict[str, Any]:
     name_of_format = eight_bit_format(spec.optimizations)
     number_format = eight_bits.FORMATS[name_of_format]
     # In eager mode: a layer more or less would be compiled anew each time.
-    plain = tuple(name for name in spec.optimizations if OPTIMIZATIONS[name].stage not in LATER)
+    left_out = {*DTYPES, "tf32"}
+    plain = tuple(
+        name for name in spec.optimizations if OPTIMIZATIONS[name].stage not in LATER and name not in left_out
+    )
     torch.set_grad_enabled(False)
     build, _ = build_pipeline(replace(spec, optimizations=plain), tell)
     tell("recording single steps")
@@ -71,31 +75,39 @@ def measure(spec: RunSpec, target: float | None, tell: Any) -> dict[str, Any]:
     steps = [steps[index] for index in sorted({0, len(steps) // 2, len(steps) - 1})][:STEPS_SEEN]
     before = onestep.replay(build, steps)
 
-    def error() -> float:
+    rows, linears = eligible(build)
+
+    def error_of(names: Iterable[str]) -> float:
+        """What a step loses when these layers, and no others, are quantized."""
+        places = [(*_place(build, name), linears[name]) for name in names]
+        for owner, attribute, linear in places:
+            setattr(owner, attribute, eight_bits.RowwiseLinear(linear, number_format))
         after = onestep.replay(build, steps)
+        for owner, attribute, linear in places:
+            setattr(owner, attribute, linear)
         return max(onestep.distance(one, other) for one, other in zip(after, before, strict=True))
 
-    rows, chosen = eligible(build)
     layers = []
-    for number, (name, linear) in enumerate(chosen.items()):
-        tell(f"layer {number + 1} of {len(chosen)}: {name}")
-        owner, attribute = _place(build, name)
-        setattr(owner, attribute, eight_bits.RowwiseLinear(linear, number_format))
-        layers.append(Layer(name, (linear.in_features, linear.out_features), rows[linear], error()))
-        setattr(owner, attribute, linear)
+    for number, (name, linear) in enumerate(linears.items()):
+        tell(f"layer {number + 1} of {len(linears)}: {name}")
+        layers.append(Layer(name, (linear.in_features, linear.out_features), rows[linear], error_of([name])))
+    layers.sort(key=lambda layer: -layer.error)
     kept = choose(layers, target)
-    tell(f"all but {len(kept)}")
-    eight_bits.quantize(
-        build.denoiser, {chosen[layer.name] for layer in layers if layer.name not in kept}, number_format
-    )
+    while True:
+        others = [layer for layer in layers if layer.name not in kept]
+        tell(f"all but {len(kept)}")
+        together = error_of(layer.name for layer in others)
+        if target is None or together <= target or not others:
+            break
+        kept.append(others[0].name)  # together they lose more than their squares say
     return {
         "model": spec.model,
         "format": name_of_format,
         "target": target,
         "kept": kept,
-        "predicted": math.sqrt(math.fsum(layer.error**2 for layer in layers if layer.name not in kept)),
-        "error": error(),
-        "layers": [vars(layer) for layer in sorted(layers, key=lambda each: -each.error)],
+        "predicted": math.sqrt(math.fsum(layer.error**2 for layer in others)),
+        "error": together,
+        "layers": [vars(layer) for layer in layers],
     }
 
 
