@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -313,3 +314,27 @@ def test_a_denoiser_without_known_blocks_is_refused() -> None:
     made.pipe.unet._repeated_blocks = []  # type: ignore[assignment]
     with pytest.raises(RuntimeError, match="has none of the blocks"):
         OPTIMIZATIONS["regional_compile"].apply(made)
+
+
+def test_the_fastest_attention_kernel_replaces_slower_ones_but_not_the_one_that_takes_everything(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+    allowed: dict[str, bool] = {}
+    seconds = {"cudnn": float("inf"), "flash": 0.002, "mem_efficient": 0.003}
+    monkeypatch.setattr(layers, "_attention_seconds", lambda name, calls: asked.append(calls) or seconds[name])
+    for name in layers.KERNELS:
+        monkeypatch.setattr(torch.backends.cuda, f"enable_{name}_sdp", functools.partial(allowed.__setitem__, name))
+    made, _ = build("bf16", "sdpa")
+    attend = torch.nn.functional.scaled_dot_product_attention
+    account = layers.attention_backend(made)
+    assert account["backend"] == "flash"
+    assert account["step_ms"] == {"flash": 2.0, "mem_efficient": 3.0}
+    assert allowed == {"cudnn": False, "flash": True, "mem_efficient": True}
+    # Each of the UNet's layers once, and none of the text encoders' or the VAE's: two rows under guidance.
+    assert sum(asked[0].values()) == len(made.pipe.unet.attn_processors)
+    assert {shape[0] for shapes in asked[0] for shape in shapes} == {2}
+    assert torch.nn.functional.scaled_dot_product_attention is attend
+    seconds["flash"] = seconds["mem_efficient"] = float("inf")
+    with pytest.raises(RuntimeError, match="none of PyTorch's fused kernels"):
+        layers.attention_backend(made)

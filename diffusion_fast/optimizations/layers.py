@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
+import time
+from collections import Counter
 from typing import Any
 
 from diffusion_fast.optimizations.registry import Build, optimization
@@ -30,6 +33,79 @@ def sdpa(build: Build) -> dict[str, Any]:
                 raise RuntimeError(f"sdpa: {name} still attends by {network.config._attn_implementation}")
             changed += network.config.num_hidden_layers
     return {"attention_layers": changed}
+
+
+KERNELS = ("cudnn", "flash", "mem_efficient")  # of PyTorch's; the last takes what the others don't, and stays allowed
+
+
+@optimization(stage="attention", requires=("bf16", "sdpa"), devices=("cuda",))
+def attention_backend(build: Build) -> dict[str, Any]:
+    """Time PyTorch's attention kernels on what the denoiser attends to, and allow the fastest in the others' place.
+
+    https://docs.pytorch.org/docs/stable/backends.html#torch.backends.cuda.enable_flash_sdp
+    """
+    import torch
+
+    start = time.perf_counter()
+    calls = _attention_calls(build)
+    seconds = {name: _attention_seconds(name, calls) for name in KERNELS}
+    best = min(KERNELS, key=seconds.__getitem__)
+    if seconds[best] == math.inf:
+        raise RuntimeError("attention_backend: none of PyTorch's fused kernels can do all of this denoiser's attention")
+    for name in KERNELS:
+        getattr(torch.backends.cuda, f"enable_{name}_sdp")(name in (best, KERNELS[-1]))
+    milliseconds = {name: 1000 * each for name, each in seconds.items() if each != math.inf}
+    return {"backend": best, "step_ms": milliseconds, "calibration_s": time.perf_counter() - start}
+
+
+def _attention_calls(build: Build) -> Counter[tuple[Any, ...]]:
+    """Shapes of query, key and value in one step of the denoiser, and how often each comes."""
+    import torch
+
+    functional, calls = torch.nn.functional, Counter[tuple[Any, ...]]()
+    attend = functional.scaled_dot_product_attention
+
+    def noting(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
+        calls[tuple(tuple(each.shape) for each in (query, key, value))] += 1
+        return attend(query, key, value, *args, **kwargs)
+
+    # Only while the denoiser runs: the other networks have attention of their own, once a call.
+    before = build.denoiser.register_forward_pre_hook(
+        lambda *_: setattr(functional, "scaled_dot_product_attention", noting)
+    )
+    after = build.denoiser.register_forward_hook(lambda *_: setattr(functional, "scaled_dot_product_attention", attend))
+    try:
+        build.one_step()
+    finally:
+        functional.scaled_dot_product_attention = attend
+        before.remove()
+        after.remove()
+    return calls
+
+
+def _attention_seconds(kernel: str, calls: Counter[tuple[Any, ...]]) -> float:
+    """Seconds that a step's attention takes by one of KERNELS, on random numbers; infinite where it can't do some."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.benchmark import Timer
+
+    backend = {
+        "cudnn": SDPBackend.CUDNN_ATTENTION,
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "mem_efficient": SDPBackend.EFFICIENT_ATTENTION,
+    }[kernel]
+    total = 0.0
+    for shapes, count in calls.items():
+        given = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+        timer = Timer(
+            "attend(*given)", globals={"attend": torch.nn.functional.scaled_dot_product_attention, "given": given}
+        )
+        try:
+            with sdpa_kernel(backend):
+                total += count * timer.blocked_autorange(min_run_time=0.05).median
+        except RuntimeError:  # that there is no such kernel for these shapes
+            return math.inf
+    return total
 
 
 @optimization(stage="layout")

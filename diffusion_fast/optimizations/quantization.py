@@ -180,15 +180,7 @@ def _rows_per_linear(build: Build) -> dict[Any, int]:
         for module in network.modules()
         if isinstance(module, torch.nn.Linear)
     ]
-    spec = build.spec
-    build.pipe(
-        spec.prompt,
-        num_inference_steps=1,
-        guidance_scale=spec.guidance_scale,
-        height=spec.height,
-        width=spec.width,
-        num_images_per_prompt=spec.batch_size,
-    )
+    build.one_step()
     for hook in hooks:
         hook.remove()
     return rows

@@ -35,6 +35,18 @@ class Build:
     def denoiser(self) -> Any:
         return getattr(self.pipe, self.model.denoiser)
 
+    def one_step(self) -> None:
+        """Have the pipeline make one step, for those who look on."""
+        spec = self.spec
+        self.pipe(
+            spec.prompt,
+            num_inference_steps=1,
+            guidance_scale=spec.guidance_scale,
+            height=spec.height,
+            width=spec.width,
+            num_images_per_prompt=spec.batch_size,
+        )
+
     def launched(self) -> list[tuple[str, Any, str]]:
         """What computes on the device with nothing for the host to decide meanwhile: name, owner, attribute.
 
