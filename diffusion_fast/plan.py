@@ -157,9 +157,9 @@ def plan_ladder(
         notes += (f"{model.name} knows only its small world, of scenes like {model.prompt!r}: this prompt isn't one",)
     accuracy_prompts = _accuracy_prompts(model, settings)
     recipes = tuple(recipes)
-    for name_ in {each for recipe in recipes for each in recipe.optimizations}:
-        if lookup("optimization", name_, OPTIMIZATIONS).needs_guidance and scale <= 1:
-            raise ValueError(f"{name_} needs a guidance scale above 1, and there is no guidance at {scale:g}.")
+    for each in {each for recipe in recipes for each in recipe.optimizations}:
+        if lookup("optimization", each, OPTIMIZATIONS).needs_guidance and scale <= 1:
+            raise ValueError(f"{each} needs a guidance scale above 1, and there is no guidance at {scale:g}.")
     approximate = any(not same_work(recipe.optimizations) for recipe in recipes)
     if approximate and (settings.weights or model.default_weights) == "random":
         notes += ("random weights paint no picture: what an approximation loses can't be told from it",)

@@ -61,7 +61,7 @@ def regional_compile(build: Build) -> dict[str, Any]:
         setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), MOST_GRAPHS))
     regions = _regions(build.denoiser)
     counts = Counter(type(region).__name__ for region in regions)
-    norms = _norms_outside(build.denoiser, regions)
+    norms = [module for module in _outside(build.denoiser, regions) if isinstance(module, torch.nn.GroupNorm)]
     # A second shape is compiled for itself, not for all shapes: that would be slower ever after.
     account = _compile(
         build,
@@ -82,19 +82,16 @@ def _regions(denoiser: Any) -> list[Any]:
     """The blocks that a denoiser repeats, by diffusers' own account, its residual blocks and sampling layers."""
     blocks = {*(denoiser._repeated_blocks or ()), "ResnetBlock2D", "Downsample2D", "Upsample2D"}
     found = [module for module in denoiser.modules() if type(module).__name__ in blocks]
-    inside = {part for region in found for part in region.modules()}
     # An eight-bit layer is several kernels unless it is compiled, and some lie between the blocks.
-    found += [each for each in denoiser.modules() if type(each).__name__ in EIGHT_BITS and each not in inside]
+    found += [module for module in _outside(denoiser, found) if type(module).__name__ in EIGHT_BITS]
     if not found:
         raise RuntimeError(f"regional_compile: {type(denoiser).__name__} has none of the blocks {sorted(blocks)}")
     return found
 
 
-def _norms_outside(denoiser: Any, regions: list[Any]) -> list[Any]:
-    import torch
-
-    inside = {norm for region in regions for norm in region.modules()}
-    return [norm for norm in denoiser.modules() if isinstance(norm, torch.nn.GroupNorm) and norm not in inside]
+def _outside(denoiser: Any, regions: list[Any]) -> list[Any]:
+    inside = {part for region in regions for part in region.modules()}
+    return [module for module in denoiser.modules() if module not in inside]
 
 
 def _norm(norm: Any, image: Any) -> Any:

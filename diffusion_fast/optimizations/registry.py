@@ -90,9 +90,7 @@ class Optimization:
     modes: tuple[str, ...] = ()  # the only compile modes that it goes with, where anything compiles; none: all
     lossless: bool = True  # False: changes the image by more than rounding
     takes_adapters: bool = True  # False: layers are gone that a LoRA attached afterwards would have to change
-    number_format: str = (
-        ""  # the eight-bit one of eight_bits.py that it quantizes to, but for the layers that a run keeps
-    )
+    number_format: str = ""  # of eight_bits.py, to which it quantizes all linear layers but those that a run keeps
     needs_guidance: bool = False  # a guidance scale above 1
     same_work: bool = True  # False: leaves out some of the model's operations, so that single steps can't be compared
 
