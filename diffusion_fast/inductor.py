@@ -181,3 +181,29 @@ def parallel_coordinate_descent() -> Prefetch:
     CachingAutotuner._coordinate_descent_tuning = descend_behind
     CachingAutotuner.precompile = precompile_found
     return account
+
+
+LONGEST_ROW = 4096  # numbers: of a row of 16 bits 16 a thread, of 8 warps
+
+
+def keep_rows() -> int:
+    """Have Inductor hold rows of up to LONGEST_ROW numbers in registers while it reduces them. Returns LONGEST_ROW.
+
+    For this thread, from now on. The account of caches is kept straight: what was compiled without it isn't found.
+    """
+    import torch
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.runtime.hints import ReductionHint
+    from torch._inductor.virtualized import V
+
+    class LongRows(InductorChoices):  # type: ignore[misc]
+        @staticmethod
+        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+            inner = features.get_reduction_hint() == ReductionHint.INNER  # a row's numbers lie beside each other
+            if inner and not cooperative_reduction:
+                return bool(V.graph.sizevars.statically_known_leq(features.reduction_numel, LONGEST_ROW))
+            return bool(InductorChoices.should_use_persistent_reduction(features, cooperative_reduction))
+
+    V.set_choices_handler(LongRows())
+    torch.compiler.config.cache_key_tag += f" rows of {LONGEST_ROW}"
+    return LONGEST_ROW

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sympy
+import torch
 from torch._inductor import async_compile
 from torch._inductor.runtime.autotune_cache import AutotuneCache
 from torch._inductor.runtime.coordinate_descent_tuner import CoordescTuner
-from torch._inductor.runtime.hints import HeuristicType
+from torch._inductor.runtime.hints import HeuristicType, ReductionHint
 from torch._inductor.runtime.runtime_utils import triton_config_to_hashable as key_of
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+from torch._inductor.virtualized import V
 
 from diffusion_fast import inductor
 
@@ -308,3 +311,25 @@ def test_what_no_descent_found_is_searched_for(
     assert len(autotuner.launchers) == len(configs) + 1  # with what Inductor adds
     assert account.found == 0
     assert bool(account.error) == (case == "broken")
+
+
+@torch.compiler.config.patch(cache_key_tag="attention")
+def test_rows_that_inductor_would_read_twice_are_kept() -> None:
+    """Long rows, of numbers beside each other. What Inductor keeps it goes on to keep, and columns are its own."""
+    sizes = types.SimpleNamespace(statically_known_leq=lambda size, most: size <= most)
+
+    def kept(hint: ReductionHint, length: int, cooperative: bool = False) -> bool:
+        features = types.SimpleNamespace(
+            get_reduction_hint=lambda: hint, reduction_numel=sympy.Integer(length), numel=sympy.Integer(64)
+        )
+        return bool(V.choices.should_use_persistent_reduction(features, cooperative))
+
+    cases = [(hint, length) for hint in ReductionHint for length in (16, 640, 1024, 1280, 4096, 4097)]
+    with V.set_graph_handler(types.SimpleNamespace(sizevars=sizes)), V.set_choices_handler(V.choices):
+        before = {case for case in cases if kept(*case)}
+        assert (ReductionHint.INNER, 1024) in before and (ReductionHint.INNER, 1280) not in before
+        assert inductor.keep_rows() == 4096
+        after = {case for case in cases if kept(*case)}
+    assert after - before == {(ReductionHint.INNER, 1280), (ReductionHint.INNER, 4096)}
+    assert before <= after
+    assert torch.compiler.config.cache_key_tag == "attention rows of 4096"

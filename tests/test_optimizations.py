@@ -316,6 +316,7 @@ def test_a_denoiser_without_known_blocks_is_refused() -> None:
         OPTIMIZATIONS["regional_compile"].apply(made)
 
 
+@torch.compiler.config.patch(cache_key_tag="")
 def test_the_fastest_attention_kernel_replaces_slower_ones_but_not_the_one_that_takes_everything(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -328,12 +329,14 @@ def test_the_fastest_attention_kernel_replaces_slower_ones_but_not_the_one_that_
     made, _ = build("bf16", "sdpa")
     attend = torch.nn.functional.scaled_dot_product_attention
     account = layers.attention_backend(made)
+    assert torch.compiler.config.cache_key_tag == " attention by flash"
     assert account["backend"] == "flash"
     assert account["step_ms"] == {"flash": 2.0, "mem_efficient": 3.0}
     assert allowed == {"cudnn": False, "flash": True, "mem_efficient": True}
     # Each of the UNet's layers once, and none of the text encoders' or the VAE's: two rows under guidance.
     assert sum(asked[0].values()) == len(made.pipe.unet.attn_processors)
-    assert {shape[0] for shapes in asked[0] for shape in shapes} == {2}
+    assert {shape[0] for layouts in asked[0] for shape, _ in layouts} == {2}
+    assert all(torch.empty_strided(*each).shape == each[0] for layouts in asked[0] for each in layouts)
     assert torch.nn.functional.scaled_dot_product_attention is attend
     seconds["flash"] = seconds["mem_efficient"] = float("inf")
     with pytest.raises(RuntimeError, match="none of PyTorch's fused kernels"):

@@ -32,6 +32,19 @@ def inductor_tuning(build: Build) -> dict[str, Any]:
     return dict(flags)
 
 
+@optimization(stage="inductor", requires=(("compile", "regional_compile"),), devices=("cuda",))
+def persistent_reductions(build: Build) -> dict[str, Any]:
+    """Keep a row in registers while it is normalized, also one of more than 1,024 numbers, which Inductor reads twice.
+
+    Such are the layer norms of SDXL's widest blocks, and their quantization. In Inductor's terms a reduction is
+    persistent where its whole row is one block; this moves the limit, by its own hook for such choices.
+    https://github.com/pytorch/pytorch/blob/main/torch/_inductor/choices.py
+    """
+    from diffusion_fast.inductor import keep_rows
+
+    return {"longest_row": keep_rows()}
+
+
 COMPILERS = ("torch._dynamo", "torch._inductor.compile_fx")
 
 

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from typing import Any
 
+from diffusion_fast import graphs
 from diffusion_fast.optimizations.registry import Build, optimization
 
 
@@ -49,24 +50,28 @@ def attention_backend(build: Build) -> dict[str, Any]:
     start = time.perf_counter()
     calls = _attention_calls(build)
     seconds = {name: _attention_seconds(name, calls) for name in KERNELS}
+    graphs.forget(())
     best = min(KERNELS, key=seconds.__getitem__)
     if seconds[best] == math.inf:
         raise RuntimeError("attention_backend: none of PyTorch's fused kernels can do all of this denoiser's attention")
     for name in KERNELS:
         getattr(torch.backends.cuda, f"enable_{name}_sdp")(name in (best, KERNELS[-1]))
+    # What is allowed decides what a graph is traced to, but isn't part of what it is found by in a compile cache: one
+    # that was compiled under another choice would be taken, and this one have no effect.
+    torch.compiler.config.cache_key_tag += f" attention by {best}"
     milliseconds = {name: 1000 * each for name, each in seconds.items() if each != math.inf}
     return {"backend": best, "step_ms": milliseconds, "calibration_s": time.perf_counter() - start}
 
 
 def _attention_calls(build: Build) -> Counter[tuple[Any, ...]]:
-    """Shapes of query, key and value in one step of the denoiser, and how often each comes."""
+    """Shapes and strides of query, key and value in one step of the denoiser, and how often each comes."""
     import torch
 
     functional, calls = torch.nn.functional, Counter[tuple[Any, ...]]()
     attend = functional.scaled_dot_product_attention
 
     def noting(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        calls[tuple(tuple(each.shape) for each in (query, key, value))] += 1
+        calls[tuple((tuple(each.shape), each.stride()) for each in (query, key, value))] += 1
         return attend(query, key, value, *args, **kwargs)
 
     # Only while the denoiser runs: the other networks have attention of their own, once a call.
@@ -83,8 +88,14 @@ def _attention_calls(build: Build) -> Counter[tuple[Any, ...]]:
     return calls
 
 
+CALLS = 20  # in one graph: a launch of them takes the host a fraction of what they take the GPU
+
+
 def _attention_seconds(kernel: str, calls: Counter[tuple[Any, ...]]) -> float:
-    """Seconds that a step's attention takes by one of KERNELS, on random numbers; infinite where it can't do some."""
+    """Seconds of the GPU for a step's attention by one of KERNELS, on random numbers; infinite where it can't do some.
+
+    The host would need longer to launch the small ones than the GPU to compute them, and all kernels look alike.
+    """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.benchmark import Timer
@@ -95,17 +106,19 @@ def _attention_seconds(kernel: str, calls: Counter[tuple[Any, ...]]) -> float:
         "mem_efficient": SDPBackend.EFFICIENT_ATTENTION,
     }[kernel]
     total = 0.0
-    for shapes, count in calls.items():
-        given = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
-        timer = Timer(
-            "attend(*given)", globals={"attend": torch.nn.functional.scaled_dot_product_attention, "given": given}
-        )
+    for layouts, count in calls.items():
+        given = [torch.empty_strided(*each, device="cuda", dtype=torch.bfloat16).normal_() for each in layouts]
+
+        def attend(given: list[Any] = given) -> list[Any]:
+            return [torch.nn.functional.scaled_dot_product_attention(*given) for _ in range(CALLS)]
+
         try:
             with sdpa_kernel(backend):
-                total += count * timer.blocked_autorange(min_run_time=0.05).median
+                replay, _ = graphs.record_on_gpu(attend)
         except RuntimeError:  # that there is no such kernel for these shapes
             return math.inf
-    return total
+        total += count * Timer("replay()", globals={"replay": replay}).blocked_autorange(min_run_time=0.05).median
+    return total / CALLS
 
 
 @optimization(stage="layout")
