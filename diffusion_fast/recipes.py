@@ -34,7 +34,8 @@ GRAPH = REGIONAL.plus("graph", "cuda_graph")
 HOST = GRAPH.plus("postprocessing", "device_postprocessing")
 CUDNN = HOST.plus("cudnn", "cudnn_benchmark")
 LAYOUT = CUDNN.plus("layout", "no_layout_copies")
-LOSSLESS = LAYOUT.plus("attention", "attention_backend")
+ATTENTION = LAYOUT.plus("attention", "attention_backend")
+LOSSLESS = ATTENTION.plus("prompt", "prompt_projections")
 FP8 = LOSSLESS.plus("fp8", "fp8_rows")
 INT8 = LOSSLESS.plus("int8", "int8_rows")
 FP8_CONVOLUTIONS = FP8.plus("fp8-convolutions", "fp8_convolutions")
@@ -50,7 +51,10 @@ AA = "aa"
 LADDERS: dict[str, tuple[Recipe, ...]] = {
     "progressive": PROGRESSIVE,
     "progressive-modes": (*PROGRESSIVE, *DEFAULT_MODE),
-    "fast": (BASELINE, DEFAULT_MODE[-1], REGIONAL, GRAPH, HOST, CUDNN, LAYOUT, LOSSLESS, INT8, FP8, FP8_CONVOLUTIONS),
+    "fast": (
+        *(BASELINE, DEFAULT_MODE[-1], REGIONAL, GRAPH, HOST, CUDNN, LAYOUT, ATTENTION, LOSSLESS),
+        *(INT8, FP8, FP8_CONVOLUTIONS),
+    ),
     "turbo": (
         PLAIN,
         *CONTROLS,
