@@ -35,7 +35,8 @@ HOST = GRAPH.plus("postprocessing", "device_postprocessing")
 CUDNN = HOST.plus("cudnn", "cudnn_benchmark")  # gained nothing on an H100, so the next ones do without
 LAYOUT = HOST.plus("layout", "no_layout_copies")
 ATTENTION = LAYOUT.plus("attention", "attention_backend")
-LOSSLESS = ATTENTION.plus("persistent", "persistent_reductions")
+PERSISTENT = ATTENTION.plus("persistent", "persistent_reductions")
+LOSSLESS = PERSISTENT.plus("prompt", "prompt_projections")
 FP8 = LOSSLESS.plus("fp8", "fp8_rows")
 INT8 = LOSSLESS.plus("int8", "int8_rows")
 FP8_CONVOLUTIONS = FP8.plus("fp8-convolutions", "fp8_convolutions")
@@ -52,18 +53,8 @@ LADDERS: dict[str, tuple[Recipe, ...]] = {
     "progressive": PROGRESSIVE,
     "progressive-modes": (*PROGRESSIVE, *DEFAULT_MODE),
     "fast": (
-        BASELINE,
-        DEFAULT_MODE[-1],
-        REGIONAL,
-        GRAPH,
-        HOST,
-        CUDNN,
-        LAYOUT,
-        ATTENTION,
-        LOSSLESS,
-        INT8,
-        FP8,
-        FP8_CONVOLUTIONS,
+        *(BASELINE, DEFAULT_MODE[-1], REGIONAL, GRAPH, HOST, CUDNN, LAYOUT, ATTENTION, PERSISTENT, LOSSLESS),
+        *(INT8, FP8, FP8_CONVOLUTIONS),
     ),
     "turbo": (
         PLAIN,

@@ -64,6 +64,8 @@ def count_flops(build: Build) -> dict[str, dict[str, float]]:
         for watches in by_kind.values():
             stack.enter_context(watches.on("text_encoding", pipe, "encode_prompt"))
             stack.enter_context(watches.on("denoising_step", build.denoiser, "forward"))
+            for _, owner, attribute in build.prompt_calls:  # a step's work, wherever it is done
+                stack.enter_context(watches.on("denoising_step", owner, attribute))
             stack.enter_context(watches.on("vae_decode", pipe.vae, "decode"))
         call(replace(build, spec=replace(build.spec, steps=1, batch_size=1)))
     images = dict(zip(PARTS, (1, build.spec.batch_size, build.spec.batch_size), strict=True))

@@ -110,7 +110,7 @@ def measure(spec: RunSpec, target: float | None, tell: Any) -> dict[str, Any]:
     }
 
 
-LATER = ("quantize", "inductor", "compile", "approximate", "capture")
+LATER = ("quantize", "hoist", "inductor", "compile", "approximate", "capture")
 
 
 def _place(build: Build, name: str) -> tuple[Any, str]:

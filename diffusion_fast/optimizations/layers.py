@@ -1,8 +1,9 @@
-"""Stages attention, layout, fuse and swap: the same computation by other layers."""
+"""Stages attention, layout, fuse, swap and hoist: the same computation by other layers."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 import time
 from collections import Counter
@@ -248,3 +249,64 @@ def _to_pil_from_bytes(processor: Any, original: Any, image: Any, output_type: s
         return original(image, output_type, *args)
     levels = (processor._denormalize_conditionally(image, *args).float() * 255).round().to(torch.uint8)
     return [Image.fromarray(each) for each in levels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+# Compiling the whole denoiser would take in the question whether its prompt is a new one: regional_compile doesn't.
+@optimization(stage="hoist", excludes=("compile",), imports=("diffusion_fast.projections",), takes_adapters=False)
+def prompt_projections(build: Build) -> dict[str, Any]:
+    """Project the prompt to keys and values when it is a new one, not in every step: they are the same in all.
+
+    As https://github.com/sgl-project/sglang/pull/29755 does for a video model. The layers stay, for the next prompt.
+    """
+    from diffusion_fast.projections import PromptProjections
+
+    start = time.perf_counter()
+    parameters = list(inspect.signature(type(build.denoiser).forward).parameters)
+    layers = _given_the_prompt(build)
+    calibration_s = time.perf_counter() - start
+    if not layers:
+        raise RuntimeError(
+            f"prompt_projections: no linear layer of {type(build.denoiser).__name__} is given the prompt as it is"
+        )
+    hoisted = PromptProjections(build.denoiser, layers, position=parameters.index(PROMPT) - 1)
+    build.prompt_calls.append(("prompt", hoisted, "project"))
+
+    def proof() -> dict[str, Any]:
+        projected, steps = hoisted.projected, hoisted.steps
+        every = projected == steps and build.spec.steps > 2  # guidance that ends makes two prompts of a call's one
+        if every or not projected:
+            raise RuntimeError(f"prompt_projections: the prompt was projected {projected} times in {steps} steps")
+        return {"projected": projected, "steps": steps}
+
+    build.proofs["prompt_projections"] = proof
+    return {"projections": len(layers), "calibration_s": calibration_s}
+
+
+PROMPT = "encoder_hidden_states"  # diffusers' name of it in every denoiser
+
+
+def _given_the_prompt(build: Build) -> list[Any]:
+    """The denoiser's linear layers that are given the prompt's own tensor, and nothing else, in one step."""
+    import torch
+
+    prompt: Any = None
+    given: dict[Any, bool] = {}
+
+    def begin(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal prompt
+        prompt = kwargs.get(PROMPT)  # as pipelines give it
+
+    def note(module: Any, args: tuple[Any, ...]) -> None:
+        given[module] = given.get(module, True) and prompt is not None and args[0] is prompt
+
+    hooks = [build.denoiser.register_forward_pre_hook(begin, with_kwargs=True)] + [
+        module.register_forward_pre_hook(note)
+        for module in build.denoiser.modules()
+        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "RowwiseLinear"
+    ]
+    try:
+        build.one_step()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [module for module, only_that in given.items() if only_that]

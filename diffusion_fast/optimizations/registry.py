@@ -13,7 +13,10 @@ from typing import Any
 
 from diffusion_fast.spec import Model, RunSpec
 
-STAGES = ("load", "attention", "layout", "fuse", "swap", "quantize", "inductor", "compile", "approximate", "capture")
+STAGES = (
+    *("load", "attention", "layout", "fuse", "swap", "quantize", "hoist"),
+    *("inductor", "compile", "approximate", "capture"),
+)
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Build:
     compile_options: dict[str, Any] = field(default_factory=dict)
     call_arguments: dict[str, Any] = field(default_factory=dict)  # of the pipeline, beside what the spec says
     step_calls: list[tuple[str, Any, str]] = field(default_factory=list)  # see `launched`
+    prompt_calls: list[tuple[str, Any, str]] = field(default_factory=list)  # likewise: once for each prompt
     pipe: Any = None
     proofs: dict[str, Callable[[], dict[str, Any]]] = field(default_factory=dict)  # called after the warm-up
 
@@ -50,10 +54,14 @@ class Build:
     def launched(self) -> list[tuple[str, Any, str]]:
         """What computes on the device with nothing for the host to decide meanwhile: name, owner, attribute.
 
-        A step of the denoiser is one of them, unless an optimization has made `step_calls` of it.
+        A step of the denoiser is one of them, unless an optimization has made `step_calls` of it, and what it does
+        once for each prompt (`prompt_calls`) is apart from it.
         """
         step = self.step_calls or [("step", self.denoiser, _entry(self.denoiser))]
-        calls = [(f"{self.model.denoiser} {name}", owner, attribute) for name, owner, attribute in step]
+        calls = [
+            (f"{self.model.denoiser} {name}", owner, attribute)
+            for name, owner, attribute in [*self.prompt_calls, *step]
+        ]
         decoder = self.pipe.vae.decoder
         encoders = [(name, each) for name, each in self.networks() if name.startswith("text_encoder")]
         return [*calls, *((name, each, _entry(each)) for name, each in [*encoders, ("vae.decoder", decoder)])]

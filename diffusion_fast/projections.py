@@ -1,0 +1,91 @@
+"""Layers of a denoiser that are given the prompt alone, and what they made of it: the same in every step of a call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from diffusion_fast import graphs
+
+MOST = graphs.MOST  # shapes of prompts; each keeps what all layers make of one
+
+
+class Projection(torch.nn.Module):
+    """A layer that projects the prompt, and what it made of the current one.
+
+    That is a buffer, because torch.compile makes an input of the graph of it: all blocks of a shape still share one.
+    """
+
+    made: torch.Tensor | None  # (batch, tokens, out_features); None: the layer computes each time that it is called
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+        self.register_buffer("made", None, persistent=False)
+
+    def forward(self, prompt: torch.Tensor) -> torch.Tensor:
+        """prompt: (batch, tokens, in_features). Returns (batch, tokens, out_features)."""
+        if self.made is not None:
+            return self.made
+        computed: torch.Tensor = self.layer(prompt)
+        return computed
+
+
+class PromptProjections:
+    """Projections in the place of `layers`, filled before a step of the denoiser whose prompt is not the last step's.
+
+    The same prompt is the same tensor with the same version, which grows when it is changed in place (but not when it
+    is changed by way of `.data`). For each shape of prompts there are buffers that stay where they are, for a CUDA
+    graph reads them there whenever that shape comes again; past MOST shapes the layers compute in each step.
+    """
+
+    def __init__(self, denoiser: Any, layers: Iterable[torch.nn.Module], position: int) -> None:
+        """`position` of the prompt, `encoder_hidden_states`, among the denoiser's arguments."""
+        places = {layer: Projection(layer) for layer in layers}
+        for name, module in list(denoiser.named_modules(remove_duplicate=False)):
+            if module in places:
+                owner, _, attribute = name.rpartition(".")
+                setattr(denoiser.get_submodule(owner), attribute, places[module])
+        self.projections = list(places.values())
+        self.position = position
+        self.prompt: torch.Tensor | None = None  # held, so that no other tensor can come to be at its address
+        self.version: int | None = None
+        self.kept: dict[Any, list[torch.Tensor]] = {}  # by shape, and never dropped: a captured graph may read them
+        self.projected = self.steps = 0
+        # Not in `forward`, which is what is captured: whether a prompt is a new one is for the host to decide.
+        denoiser.register_forward_pre_hook(self.before_step, with_kwargs=True)
+
+    def before_step(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook of the denoiser's calls."""
+        prompt = kwargs["encoder_hidden_states"] if "encoder_hidden_states" in kwargs else args[self.position]
+        version = None if prompt.is_inference() else prompt._version  # inference mode counts no versions
+        self.steps += 1
+        if prompt is self.prompt and version is not None and version == self.version:
+            return
+        self.prompt = None  # whatever may go wrong now
+        buffers = self._buffers(prompt)
+        for number, projection in enumerate(self.projections):
+            projection.made = buffers[number] if buffers else None
+        if buffers:
+            self.project(prompt)
+            self.projected += 1
+        self.prompt, self.version = prompt, version
+
+    def project(self, prompt: torch.Tensor) -> None:
+        """Fill the buffers. prompt: (batch, tokens, features), of the shape that they are for."""
+        with torch.no_grad():
+            for projection in self.projections:
+                assert projection.made is not None
+                projection.made.copy_(projection.layer(prompt))
+
+    def _buffers(self, prompt: torch.Tensor) -> list[torch.Tensor] | None:
+        """Those for such a prompt, not yet filled where it is the first; none where there are MOST others."""
+        key = prompt.shape, prompt.dtype, prompt.device
+        if key not in self.kept:
+            if len(self.kept) >= MOST:
+                return None
+            with torch.inference_mode(False), torch.no_grad():  # else they could only be filled in inference mode
+                self.kept[key] = [torch.empty_like(projection.layer(prompt)) for projection in self.projections]
+        return self.kept[key]

@@ -1,0 +1,334 @@
+"""What is projected once for each prompt instead of in every step, and that no other prompt's is ever used."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from diffusion_fast import onestep, projections, roofline
+from diffusion_fast.eight_bits import RowwiseLinear
+from diffusion_fast.graphs import Graphed
+from diffusion_fast.models import MODELS
+from diffusion_fast.optimizations import OPTIMIZATIONS, Build, compilation, layers
+from diffusion_fast.pipeline import _from_configs, call, call_for
+from diffusion_fast.plan import plan_recipe
+from diffusion_fast.projections import Projection, PromptProjections
+from diffusion_fast.recipes import LOSSLESS
+from diffusion_fast.spec import Recipe
+from tests.conftest import CPU, H100, planned
+from tests.test_eight_bits import eight_bit
+from tests.test_graphs import CHANGES, Host, captured, pictures, record
+from tests.test_optimizations import build
+
+FUSED = ("sdpa", "fused_qkv")
+BLOCKS = 5  # of the bundled UNet, each with one cross-attention
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def found_in(made: Build) -> list[Projection]:
+    return [module for module in made.denoiser.modules() if isinstance(module, Projection)]
+
+
+def calls_of(made: Build) -> list[Any]:
+    """The prompts that the projecting layers are given from now on, by one of these layers."""
+    seen: list[Any] = []
+    found_in(made)[0].layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    return seen
+
+
+def hoisted(made: Build) -> PromptProjections:
+    (_, owner, _) = made.prompt_calls[0]
+    assert isinstance(owner, PromptProjections)
+    return owner
+
+
+@pytest.mark.parametrize(("names", "each"), [((), 2), (("sdpa",), 2), (FUSED, 1)])
+def test_pixels_are_the_same_and_each_layer_computes_once_a_call(names: tuple[str, ...], each: int) -> None:
+    plain, (made, applied) = build(*names, steps=4)[0], build(*names, "prompt_projections", steps=4)
+    assert applied["prompt_projections"]["projections"] == len(found_in(made)) == BLOCKS * each
+    call(made)  # the shape's first call also finds out how large the buffers have to be
+    seen = calls_of(made)
+    assert pictures(made) == pictures(plain)
+    assert pictures(made, prompt="a small blue star") == pictures(plain, prompt="a small blue star")
+    assert len(seen) == 2
+    assert made.proofs["prompt_projections"]() == {"projected": 3, "steps": 12}
+
+
+def test_only_what_cross_attention_projects_of_the_prompt_is_taken() -> None:
+    made, _ = build(*FUSED, "prompt_projections")
+    names = {name for name, module in made.denoiser.named_modules() if isinstance(module, Projection)}
+    assert len(names) == BLOCKS
+    assert all(name.endswith("attn2.to_kv") for name in names)
+    assert "made" not in {key.rpartition(".")[2] for key in made.denoiser.state_dict()}
+
+
+def test_whatever_changes_between_calls_the_pixels_are_those_of_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, made = build(*FUSED)[0], captured(*FUSED, "prompt_projections", monkeypatch=monkeypatch)
+    for change in (*CHANGES, *reversed(CHANGES)):
+        assert pictures(made, **change) == pictures(plain, **change), change
+    account = made.proofs["cuda_graph"]()
+    calls = 2 * len(CHANGES)
+    # With and without guidance, and with two images: captured once, launched once a call.
+    assert account["unet prompt"] == {"captures": 3, "replays": calls, "eager_calls": 0}
+    assert hoisted(made).projected == calls
+
+
+def test_a_recording_finds_its_buffers_where_they_were_when_it_was_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA graph reads and fills the memory that it was captured with, whatever the layers hold by then."""
+    made = captured(*FUSED, "prompt_projections", monkeypatch=monkeypatch)
+    buffers: list[list[int]] = []
+
+    def there(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        replay, outputs = record(function)
+        captured_with = [projection.made for projection in found_in(made)]
+        buffers.append([buffer.data_ptr() for buffer in captured_with if buffer is not None])
+
+        def replay_there() -> None:
+            now = [projection.made for projection in found_in(made)]
+            assert all(one is other for one, other in zip(now, captured_with, strict=True))
+            replay()
+
+        return replay_there, outputs
+
+    for graphed in (made.denoiser.forward, hoisted(made).project):
+        assert isinstance(graphed, Graphed)
+        graphed.record = there
+    for change in (*CHANGES, *CHANGES):
+        pictures(made, **change)
+    step, prompt = made.denoiser.forward.account(), made.proofs["cuda_graph"]()["unet prompt"]
+    assert (step["captures"], prompt["captures"]) == (4, 3)  # a step knows its picture's size, too
+    assert len({tuple(each) for each in buffers}) == 3
+    assert sum(map(len, buffers)) == 7 * BLOCKS
+
+
+def given(prompt: torch.Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the bundled UNet is called with."""
+    rows = len(prompt)
+    added = {"text_embeds": torch.ones(rows, 64), "time_ids": torch.ones(rows, 6)}
+    return (torch.ones(rows, 4, 8, 8), torch.tensor(17.0)), {
+        "added_cond_kwargs": added,
+        "encoder_hidden_states": prompt,
+    }
+
+
+def both(plain: Build, made: Build) -> Callable[[torch.Tensor], None]:
+    def check(prompt: torch.Tensor) -> None:
+        args, kwargs = given(prompt)
+        assert torch.equal(made.denoiser(*args, **kwargs)[0], plain.denoiser(*args, **kwargs)[0])
+
+    return check
+
+
+def test_a_prompt_changed_in_place_of_another_length_or_by_position_is_noticed() -> None:
+    plain, made = build(*FUSED)[0], build(*FUSED, "prompt_projections")[0]
+    check = both(plain, made)
+    prompt = torch.rand(2, 77, 128)
+    check(prompt)
+    before = hoisted(made).projected
+    check(prompt)
+    assert hoisted(made).projected == before
+    for change in (prompt.mul_, prompt[:1].add_, prompt.view(-1).sub_):  # also by way of a view
+        change(0.5)
+        check(prompt)
+    assert hoisted(made).projected == before + 3
+    check(torch.rand(2, 154, 128))
+    check(prompt)  # back again
+    check(torch.rand(3, 77, 128))
+    (sample, timestep), kwargs = given(prompt + 1)
+    text = kwargs.pop("encoder_hidden_states")
+    one, other = (each.denoiser(sample, timestep, text, **kwargs)[0] for each in (made, plain))
+    assert torch.equal(one, other)
+
+
+def test_an_identity_that_is_used_again_is_no_prompt_seen_before() -> None:
+    plain, made = build(*FUSED)[0], build(*FUSED, "prompt_projections")[0]
+    check = both(plain, made)
+    for _ in range(8):  # each is freed before the next is made, were it not held
+        check(torch.rand(2, 77, 128))
+
+
+def test_inference_mode_counts_no_versions_so_each_step_projects() -> None:
+    plain, made = build(*FUSED)[0], build(*FUSED, "prompt_projections")[0]
+    check = both(plain, made)
+    with torch.inference_mode():
+        prompt = torch.rand(2, 77, 128)
+        check(prompt)
+        prompt.mul_(2)
+        check(prompt)
+    assert hoisted(made).projected == 2
+    check(torch.rand(2, 77, 128))  # buffers that were made there can be filled here
+
+
+def test_past_the_most_shapes_the_layers_compute_in_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projections, "MOST", 2)
+    plain, made = build(*FUSED)[0], build(*FUSED, "prompt_projections")[0]
+    check = both(plain, made)
+    for length in (4, 5, 6, 4, 7, 5):
+        check(torch.rand(2, length, 128))
+    assert len(hoisted(made).kept) == 2
+    assert hoisted(made).projected == 4
+
+
+def test_what_fails_halfway_is_done_again() -> None:
+    plain, made = build(*FUSED)[0], build(*FUSED, "prompt_projections")[0]
+    check = both(plain, made)
+    prompt = torch.rand(2, 77, 128)
+    check(prompt)
+    last = found_in(made)[-1]
+    prompt.mul_(2)
+    hook = last.layer.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(MemoryError))
+    with pytest.raises(MemoryError):
+        made.denoiser(*given(prompt)[0], **given(prompt)[1])
+    hook.remove()
+    check(prompt)
+
+
+def test_a_copy_of_the_denoiser_has_its_own() -> None:
+    plain, made = build(*FUSED)[0], build(*FUSED, "prompt_projections")[0]
+    other = copy.deepcopy(made)
+    for each in (made, other, made):
+        both(plain, each)(torch.rand(2, 77, 128))
+    assert not {id(each) for each in found_in(made)} & {id(each) for each in found_in(other)}
+
+
+def test_blocks_of_one_shape_share_a_graph() -> None:
+    pixels, numbers = [], []
+    for names in (FUSED, (*FUSED, "prompt_projections")):
+        made, _ = build(*names, steps=3)
+        compiled: list[Any] = []
+
+        def backend(graph: Any, _: Any, compiled: list[Any] = compiled) -> Any:
+            compiled.append(graph)
+            return graph.forward
+
+        blocks = [each for each in made.denoiser.modules() if type(each).__name__ == "BasicTransformerBlock"]
+        with torch._dynamo.config.patch(recompile_limit=compilation.MOST_GRAPHS):
+            for block in blocks:
+                block.compile(backend=backend, fullgraph=True, dynamic=False)
+            pixels.append(pictures(made))
+            numbers.append(len(compiled))
+            pictures(made, prompt="a small blue star")
+            assert len(compiled) == numbers[-1]
+            pictures(made, guidance_scale=1.0)
+            pictures(made)
+            assert len(compiled) == 2 * numbers[-1]
+    assert pixels[0] == pixels[1]
+    assert numbers[0] == numbers[1] < len(blocks) == BLOCKS
+
+
+@pytest.mark.parametrize("name", ["fp8_rows", "int8_rows"])
+def test_layers_in_eight_bits_are_hoisted_as_they_are(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, _ = eight_bit(name, monkeypatch, "fused_qkv", steps=3)
+    made, applied = eight_bit(name, monkeypatch, "fused_qkv", "prompt_projections", steps=3)
+    assert {type(each.layer) for each in found_in(made)} == {RowwiseLinear}
+    assert applied["prompt_projections"]["projections"] == BLOCKS
+    assert pictures(made) == pictures(plain)
+
+
+def test_int8_dynamic_is_hoisted_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("fused_qkv", "prompt_projections")
+    (plain, _), (made, _) = (eight_bit("int8_dynamic", monkeypatch, *names[:number]) for number in (1, 2))
+    assert len(found_in(made)) == BLOCKS
+    assert pictures(made) == pictures(plain)
+
+
+@pytest.mark.parametrize("graphed", [False, True])
+def test_guidance_that_ends_is_projected_once_more(graphed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = (*FUSED, "guidance_cutoff", "feature_forecast")
+    if graphed:
+        plain = captured(*names, monkeypatch=monkeypatch, steps=8)
+        made = captured(*names, "prompt_projections", monkeypatch=monkeypatch, steps=8)
+    else:
+        plain, made = build(*names, steps=8)[0], build(*names, "prompt_projections", steps=8)[0]
+    for number in (1, 2):
+        assert pictures(made) == pictures(plain)
+        assert made.proofs["prompt_projections"]() == {"projected": 2 * number, "steps": 8 * number}
+    if graphed:
+        assert made.proofs["cuda_graph"]()["unet prompt"] == {"captures": 2, "replays": 4, "eager_calls": 0}
+
+
+def test_each_row_of_a_batch_has_its_own_prompt() -> None:
+    plain, made = build(*FUSED, batch_size=2)[0], build(*FUSED, "prompt_projections", batch_size=2)[0]
+    for prompts in (["a red circle on a white background", "a blue star on a black background"], ["a", "b"]):
+        one, other = (call_for(each, prompts, [1, 2]) for each in (made, plain))
+        assert [image.tobytes() for image in one] == [image.tobytes() for image in other]
+
+
+def test_recorded_steps_and_counted_operations_are_those_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = build(*FUSED, steps=3)[0]
+    made = captured(*FUSED, "prompt_projections", monkeypatch=monkeypatch, steps=3)
+    steps = onestep.record(plain)
+    for one, other in zip(onestep.replay(made, steps), onestep.replay(plain, steps), strict=True):
+        assert torch.equal(one, other)
+    assert roofline.count_flops(made) == roofline.count_flops(plain)
+    assert pictures(made) == pictures(plain)
+
+
+def test_an_adapter_that_would_be_ignored_is_refused() -> None:
+    made, _ = build("sdpa", "prompt_projections")
+    with pytest.raises(RuntimeError, match="prompt_projections can't take an adapter any more"):
+        made.denoiser.add_adapter(LoraConfig(r=4, target_modules=["to_q"]))
+
+
+def test_a_denoiser_that_is_not_given_the_prompt_as_it_is_is_refused() -> None:
+    made, _ = build("sdpa")
+
+    def changed(_: Any, args: Any, kwargs: Any) -> Any:
+        return args, kwargs | {"encoder_hidden_states": kwargs["encoder_hidden_states"].clone()}
+
+    for block in made.denoiser.modules():
+        if type(block).__name__ == "BasicTransformerBlock":
+            block.register_forward_pre_hook(changed, with_kwargs=True)
+    with pytest.raises(RuntimeError, match="no linear layer of UNet2DConditionModel is given the prompt as it is"):
+        layers.prompt_projections(made)
+
+
+def test_a_prompt_that_is_another_in_every_step_is_named() -> None:
+    made, _ = build("sdpa", "prompt_projections", steps=3)
+    original = made.denoiser.forward
+    made.denoiser.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, kwargs | {"encoder_hidden_states": kwargs["encoder_hidden_states"] + 0}),
+        with_kwargs=True,
+        prepend=True,
+    )
+    assert made.denoiser.forward == original
+    call(made)
+    with pytest.raises(RuntimeError, match="the prompt was projected 3 times in 3 steps"):
+        made.proofs["prompt_projections"]()
+
+
+def test_it_does_not_go_with_the_whole_denoiser_compiled() -> None:
+    with pytest.raises(ValueError, match="compile"):
+        plan_recipe(MODELS["tiny"], Recipe("mine", ("compile", "prompt_projections")), CPU)
+    assert "prompt_projections" in plan_recipe(MODELS["sdxl"], LOSSLESS, H100)
+
+
+def test_projecting_sdxls_prompt_is_70_layers_and_nothing_for_the_host() -> None:
+    """At full size, on the device without memory: a capture would fail where the host is needed."""
+    spec = replace(planned(model="sdxl", weights="random").rungs[0], device="meta")  # type: ignore[arg-type]
+    made = Build(MODELS["sdxl"], spec)
+    made.pipe = _from_configs(made)
+    for name in FUSED:
+        OPTIMIZATIONS[name].apply(made)
+    unet = made.denoiser
+    found = [module for name, module in unet.named_modules() if name.endswith("attn2.to_kv")]
+    hoisted = PromptProjections(unet, found, position=2)
+    assert len(hoisted.projections) == len(found) == 70
+    prompt = torch.zeros(2, 77, 2048, device="meta")
+    hoisted.before_step(unet, (), {"encoder_hidden_states": prompt})
+    with Host() as host:
+        hoisted.project(prompt)
+    assert host.seen == []
+    kept = sum(each.numel() for each in hoisted.kept[prompt.shape, prompt.dtype, prompt.device])
+    assert kept == 2 * 77 * 2 * (10 * 640 + 60 * 1280)
