@@ -211,6 +211,7 @@ def tell_profile(run_folder: Path) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(Markdown((run_folder / spool.PROFILE).read_text()))
+    click.echo(f"All kernels: {run_folder / spool.KERNELS}")
     click.echo(f"The trace, for chrome://tracing or ui.perfetto.dev: {run_folder / spool.TRACE}")
 
 

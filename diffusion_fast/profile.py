@@ -6,8 +6,10 @@ to the part in which it ran. Shares are what it is good for; how long a call tak
 
 from __future__ import annotations
 
+import csv
 import functools
 import gzip
+import io
 import itertools
 import json
 import re
@@ -23,25 +25,42 @@ from diffusion_fast.measure import now, standing_in
 from diffusion_fast.optimizations import Build
 
 STEPS = 4  # the first one is left out: what comes before it isn't a step
+TOP = 10  # kernels of a part that the table shows
 PARTS = ("denoising_step", "vae_decode", "text_encoding")
 MARK = "diffusion_fast:"
 
 # The first pattern that a kernel's name, or its operator's on a CPU, matches. Names as of cuBLAS, cuDNN, CUTLASS,
-# PyTorch's own kernels and Inductor's, which are made of what was fused.
+# PyTorch's own kernels, those of kernels.py, and the templates that Inductor fills in (triton_tem_): a matmul, a
+# convolution or flex attention with what was fused into it.
 CLASSES = {
-    "attention": r"sdpa|flash|fmha|attention|softmax",
+    "attention": r"sdpa|flash|fmha|attention|softmax|triton_tem_\w*_(badd)?bmm_",
     "convolution": r"conv(?!ert)|fprop|implicit_gemm|winograd",
     "linear": r"gemm|gemv|nvjet|splitk|cublas|_mm\b|_mm_|::mm|addmm|::linear|matmul|_int_mm|scaled_mm",
     "norm": r"norm|moments|welford|var_mean|computefusedparams",
     "copies": r"memcpy|memset|copy|nchwtonhwc|nhwctonchw|::cat\b|catarray|clone|contiguous|fill_|fillfunctor",
-    "pointwise": r"elementwise|triton_|quantize|^aten::",
+    "pointwise": r"elementwise|triton_|quantize|amax|^aten::",
     "other": r"",
+}
+# Inductor's other kernels are named after every operator that anything in them stems from, also after those that others
+# compute: a convolution whose bias they add, a matmul for which they quantize. They are none of these themselves.
+FUSED = re.compile(r"triton_(?!tem_)[a-z]{3}_fused")  # pointwise, reduction, persistent reduction, foreach, …
+COPYING = (
+    r"clone|copy|_to_copy|contiguous|cat|stack|constant_pad_nd|repeat|fill|full|view|_unsafe_view|reshape|"
+    r"_reshape_alias|t|transpose|permute|expand|slice|select|narrow|split|split_with_sizes|chunk|unbind|(un)?squeeze|"
+    r"(un)?flatten|as_strided|alias|detach"
+)
+CLASSES_FUSED = {
+    "attention": r"softmax",
+    "norm": r"norm(?!al)|welford|var_mean",  # the second pass of a norm, pointwise, too
+    "copies": rf"fused(_({COPYING}))+(_\d+)?$",  # nothing else
+    "pointwise": r"",
 }
 VIEWS = re.compile(
     r"aten::(empty\w*|resize_|t|\w*view\w*|as_strided\w*|expand\w*|permute|transpose|\w*reshape\w*|(un)?squeeze|"
     r"select|slice|narrow|split\w*|chunk|unbind|unflatten|detach\w*|alias|item|_local_scalar_dense|linear|conv2d)"
 )  # on a CPU: operators that compute nothing themselves
 ATTENTION_OPERATORS = ("aten::bmm", "aten::baddbmm")  # their kernels are gemms, and attention alone has them here
+COLUMNS = ("part", "class", "kernel", "times", "ms", "us")  # of the table of all kernels: us is that of one of them
 
 
 @dataclass(frozen=True)
@@ -59,11 +78,20 @@ class Kernel:
         return self.start + self.busy
 
 
+@dataclass(frozen=True)
+class Part:
+    """A step, decoding or encoding: when it was at work, and what ran then."""
+
+    ranges: list[tuple[float, float]]
+    kernels: list[Kernel]
+
+
 def profile(build: Build, folder: Path, flops: dict[str, dict[str, float]], limits: dict[str, float]) -> dict[str, Any]:
-    """Profile a call of STEPS steps; leave its chrome trace and a table in `folder`. Returns the table as data."""
-    trace = _record(build, folder)
-    found = summarize(trace, build.spec.device, flops)
+    """Profile a call of STEPS steps; leave trace, table and all kernels in `folder`. Returns the table as data."""
+    parts = split(_record(build, folder), build.spec.device)
+    found = summarize(parts, build.spec.device, flops)
     spool.write_text(folder / spool.PROFILE, table(found, limits))
+    spool.write_text(folder / spool.KERNELS, kernels_csv(parts))
     return found
 
 
@@ -118,18 +146,38 @@ def classify(name: str, operator: str = "") -> str:
         return "attention"
     if VIEWS.fullmatch(name):
         return "other"
-    return next(kind for kind, pattern in CLASSES.items() if re.search(pattern, name.lower()))
+    name = name.lower()
+    classes = CLASSES_FUSED if FUSED.match(name) else CLASSES
+    return next(kind for kind, pattern in classes.items() if re.search(pattern, name))
 
 
-def summarize(trace: dict[str, Any], device: str, flops: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """By part and class the milliseconds, TFLOP/s and GB/s of one step, decoding or encoding; and the top kernels."""
+def split(trace: dict[str, Any], device: str) -> dict[str, Part]:
+    """What ran in each part."""
     events = [event for event in trace["traceEvents"] if event.get("ph") == "X"]
     kernels = _on_gpu(events) if device == "cuda" else _on_cpu(events)
-    found: dict[str, Any] = {}
+    found: dict[str, Part] = {}
     for part, ranges in _ranges(events).items():
         inside = [each for each in kernels if any(begin <= each.start + each.busy / 2 <= end for begin, end in ranges)]
-        found[part] = _part(inside, ranges, flops.get(part, {}), device)
+        found[part] = Part(ranges, inside)
     return found
+
+
+def summarize(parts: dict[str, Part], device: str, flops: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """By part and class the milliseconds, TFLOP/s and GB/s of one step, decoding or encoding; and the top kernels."""
+    return {name: _summarized(part, flops.get(name, {}), device) for name, part in parts.items()}
+
+
+def kernels_csv(parts: dict[str, Part]) -> str:
+    """Every kernel by part, what takes longest first: how often a step, decoding or encoding runs it, and how long."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for name, part in parts.items():
+        for each in _by_name(part):
+            us = 1000 * each["ms"] / each["times"]
+            row = (round(each["times"], 3), round(each["ms"], 6), round(us, 3))  # to nanoseconds, as the trace is
+            writer.writerow((name, each["class"], each["name"], *row))
+    return text.getvalue()
 
 
 def _ranges(events: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
@@ -198,10 +246,9 @@ def _bytes(given: dict[str, Any]) -> int | None:
     return total or None
 
 
-def _part(
-    kernels: list[Kernel], ranges: list[tuple[float, float]], flops: dict[str, float], device: str
-) -> dict[str, Any]:
-    """Per range: milliseconds by class, and the ten kernels that take longest."""
+def _summarized(part: Part, flops: dict[str, float], device: str) -> dict[str, Any]:
+    """Per range: milliseconds by class, and the kernels that take longest."""
+    ranges, kernels = part.ranges, part.kernels
     count = max(len(ranges), 1)
     wall = sum(end - begin for begin, end in ranges)
     classes: dict[str, dict[str, float]] = {}
@@ -219,7 +266,7 @@ def _part(
             classes[kind]["gbs"] = moved / sum(each.busy for each in known) / 1000
     idle = wall - (_union(kernels) if device == "cuda" else sum(each.busy for each in kernels))
     classes["idle"] = {"ms": max(idle, 0.0) / count / 1000}
-    return {"ms": wall / count / 1000, "ranges": len(ranges), "classes": classes, "top": _top(kernels, count)}
+    return {"ms": wall / count / 1000, "ranges": len(ranges), "classes": classes, "top": _by_name(part)[:TOP]}
 
 
 def _union(kernels: Iterable[Kernel]) -> float:
@@ -231,14 +278,16 @@ def _union(kernels: Iterable[Kernel]) -> float:
     return busy
 
 
-def _top(kernels: list[Kernel], count: int, most: int = 10) -> list[dict[str, Any]]:
+def _by_name(part: Part) -> list[dict[str, Any]]:
+    """Per range: every kernel, what takes longest first."""
+    count = max(len(part.ranges), 1)
     spent, times = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
-    for each in kernels:
+    for each in part.kernels:
         spent[each.name, each.kind] += each.busy  # type: ignore[assignment]
         times[each.name, each.kind] += 1
     return [
         {"name": name, "class": kind, "ms": busy / count / 1000, "times": times[name, kind] / count}
-        for (name, kind), busy in spent.most_common(most)
+        for (name, kind), busy in spent.most_common()
     ]
 
 
@@ -261,8 +310,16 @@ def table(found: dict[str, Any], limits: dict[str, float]) -> str:
         for kind, each in facts["classes"].items():
             row = (f"{each['ms']:.3g}", f"{each['ms'] / facts['ms']:.0%}", f"{each.get('kernels', 0):.0f}")
             lines += [f"| {kind} | {' | '.join(row)} | {of(each.get('tflops'), tflops)} | {of(each.get('gbs'), gbs)} |"]
-        lines += ["", "| kernel | class | times | ms |", "|---|---|--:|--:|"]
+        lines += [*_gap(facts["classes"]), "", "| kernel | class | times | ms |", "|---|---|--:|--:|"]
         for each in facts["top"]:
             name = each["name"].replace("|", "\\|")[:90]
             lines += [f"| `{name}` | {each['class']} | {each['times']:.3g} | {each['ms']:.3g} |"]
     return "\n".join(lines) + "\n"
+
+
+def _gap(classes: dict[str, dict[str, float]]) -> list[str]:
+    """A sentence on how long the device waits for a kernel."""
+    kernels = sum(each.get("kernels", 0) for each in classes.values())
+    if not kernels:
+        return []
+    return ["", f"{kernels:,.0f} kernels; {1000 * classes['idle']['ms'] / kernels:,.1f} µs between two on average."]

@@ -6,7 +6,7 @@ SPOOL/LADDER/ladder.json
              00-baseline/r1-a1/      spec.json, result.json | failure.json, image.png, image.jpg, result.csv,
                                      log.txt, progress.txt, environment.json, requirements.txt,
                                      prompts.json, prompts.jpg (where prompts were judged),
-                                     profile.md, trace.json.gz (where it was profiled),
+                                     profile.md, kernels.csv, trace.json.gz (where it was profiled),
                                      compile-cache.zip (where it was saved)
              .cache/00-baseline/     the rung's compile caches
              .cache/all/             those that the points of a sweep share
@@ -33,7 +33,7 @@ TRAINING, TRAINING_METRICS, TRAINING_SAMPLES = "training.json", "metrics.jsonl",
 REFERENCE_IMAGE, REFERENCE_STEPS, REFERENCE_FLOPS = "reference.safetensors", "steps.pt", "flops.json"
 REFERENCE_PROMPTS = "prompts.npz"
 LOG, PROGRESS = "log.txt", "progress.txt"
-PROFILE, TRACE = "profile.md", "trace.json.gz"
+PROFILE, KERNELS, TRACE = "profile.md", "kernels.csv", "trace.json.gz"
 COMPILE_CACHE = "compile-cache.zip"
 PROMPTS, PROMPTS_SHEET = "prompts.json", "prompts.jpg"
 

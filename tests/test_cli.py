@@ -371,6 +371,7 @@ def test_profile_measures_profiles_and_shows_it(monkeypatch: pytest.MonkeyPatch,
     assert done.exit_code == 0
     assert "denoising_step: 2 ms" in done.output
     assert "00-sdpa/r1-a1/trace.json.gz" in done.output
+    assert "00-sdpa/r1-a1/kernels.csv" in done.output
     (row,) = load_runs().to_dict("records")
     assert row["profile/denoising_step/ms"] == 2.0
     assert row["profile/denoising_step/linear_tflops"] == 3.0
