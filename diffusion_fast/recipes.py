@@ -35,7 +35,8 @@ HOST = GRAPH.plus("postprocessing", "device_postprocessing")
 CUDNN = HOST.plus("cudnn", "cudnn_benchmark")
 LAYOUT = CUDNN.plus("layout", "no_layout_copies")
 ATTENTION = LAYOUT.plus("attention", "attention_backend")
-LOSSLESS = ATTENTION.plus("persistent", "persistent_reductions")
+PERSISTENT = ATTENTION.plus("persistent", "persistent_reductions")
+LOSSLESS = PERSISTENT.plus("geglu", "fused_geglu")
 FP8 = LOSSLESS.plus("fp8", "fp8_rows")
 INT8 = LOSSLESS.plus("int8", "int8_rows")
 FP8_CONVOLUTIONS = FP8.plus("fp8-convolutions", "fp8_convolutions")
@@ -60,6 +61,7 @@ LADDERS: dict[str, tuple[Recipe, ...]] = {
         CUDNN,
         LAYOUT,
         ATTENTION,
+        PERSISTENT,
         LOSSLESS,
         INT8,
         FP8,
