@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention import FeedForward
 
 from diffusion_fast import operators
+from diffusion_fast.gated import GatedLinear, replace_modules
 
 if torch.version.cuda is not None:
     import diffusion_fast.kernels  # noqa: F401 - CUDA tensors go to them from here on
@@ -47,10 +47,20 @@ class RowwiseLinear(torch.nn.Module):
         return made
 
 
+class RowwiseGatedLinear(RowwiseLinear):
+    """A GatedLinear with such scales: its output is hidden * gelu(gate), half of its out_features."""
+
+    def multiply(self, q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """An input that is quantized already: q (..., in_features), scale (rows, 1)."""
+        made: torch.Tensor = operators.scaled_matmul_geglu(q, self.weight, scale, self.weight_scale, self.bias, dtype)
+        return made
+
+
 class RowwiseFeedForward(torch.nn.Module):
     """A transformer's feed-forward of two RowwiseLinear, GEGLU and the second one's quantization as one kernel.
 
-    Inductor would read GEGLU's input twice: once for the rows' scales, and again to quantize.
+    Inductor would read GEGLU's input twice: once for the rows' scales, and again to quantize. Where the first one has
+    done GEGLU already, quantization is left, and would read twice as well.
     """
 
     def __init__(self, first: RowwiseLinear, second: RowwiseLinear) -> None:
@@ -59,8 +69,9 @@ class RowwiseFeedForward(torch.nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states: (..., features), as the feed-forward that it stands for."""
-        gated = self.first(hidden_states)
-        q, scale = operators.geglu_quantize_rows(gated, self.second.weight.dtype)
+        done = isinstance(self.first, RowwiseGatedLinear)
+        quantize_rows = operators.quantize_rows if done else operators.geglu_quantize_rows
+        q, scale = quantize_rows(self.first(hidden_states), self.second.weight.dtype)
         return self.second.multiply(q, scale, hidden_states.dtype)
 
 
@@ -112,30 +123,23 @@ def quantize_convolutions(network: Any, number_format: torch.dtype) -> int:
             return ImagewiseConvolution(module, number_format)
         return None
 
-    return _replace(network, make)
+    return replace_modules(network, make)
+
+
+def rowwise(linear: torch.nn.Linear, number_format: torch.dtype) -> RowwiseLinear:
+    """The eight-bit layer that stands for a linear."""
+    return (RowwiseGatedLinear if isinstance(linear, GatedLinear) else RowwiseLinear)(linear, number_format)
 
 
 def quantize(network: Any, chosen: set[torch.nn.Linear], number_format: torch.dtype) -> int:
     """Put eight-bit layers in the place of `chosen` linears. Returns how many feed-forwards became one kernel fewer."""
-    _replace(network, lambda module: RowwiseLinear(module, number_format) if module in chosen else None)
+    replace_modules(network, lambda module: rowwise(module, number_format) if module in chosen else None)
 
     def make(module: Any) -> Any:
         layers = _both_layers(module) if isinstance(module, FeedForward) else None
         return RowwiseFeedForward(*layers) if layers else None
 
-    return _replace(network, make)
-
-
-def _replace(network: Any, make: Callable[[Any], Any]) -> int:
-    """Put what `make` makes of a module in its place, under all of its names. Returns how many were replaced."""
-    made: dict[Any, Any] = {}
-    for name, module in list(network.named_modules(remove_duplicate=False)):
-        if module not in made:
-            made[module] = make(module)
-        if made[module] is not None:
-            owner, _, attribute = name.rpartition(".")
-            setattr(network.get_submodule(owner), attribute, made[module])
-    return sum(new is not None for new in made.values())
+    return replace_modules(network, make)
 
 
 def _both_layers(feed_forward: FeedForward) -> tuple[RowwiseLinear, RowwiseLinear] | None:

@@ -1,4 +1,4 @@
-"""Operations on numbers of eight bits, in plain PyTorch: what they mean, and what runs on a CPU.
+"""Operations on numbers of eight bits, and linears that end in GEGLU: what they mean, and what runs on a CPU.
 
 Rows (of a linear layer's input) get a scale each, images (of a convolution's input) one each, both computed at run
 time: q = round(x / scale), with scale = max|x| / the format's largest number. A product of such numbers is scaled back
@@ -162,6 +162,101 @@ def _(
 ) -> torch.Tensor:
     check_matmul(q, w, scale_q, scale_w, bias)
     return torch.empty((*q.shape[:-1], w.shape[0]), dtype=out_dtype, device=q.device)
+
+
+TOGETHER = 8  # rows of hidden, and then as many of gate
+
+
+def in_turns(rows: torch.Tensor) -> torch.Tensor:
+    """Weights or bias of GEGLU's linear, (2 * inner, ...), as `linear_geglu` takes them. Done once, beforehand.
+
+    diffusers has them as hidden, then gate; here are 8 rows of hidden, 8 of gate, and so on. ValueError where `inner`
+    is no multiple of 8.
+    """
+    check_turns(len(rows))
+    return rows.reshape(2, -1, TOGETHER, *rows.shape[1:]).transpose(0, 1).reshape(rows.shape)
+
+
+def check_turns(rows: int) -> None:
+    if rows % (2 * TOGETHER):
+        raise ValueError(f"GEGLU's linear of {rows} columns: hidden and gate have to have a multiple of {TOGETHER}")
+
+
+def check_linear_geglu(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> None:
+    if x.dtype != w.dtype or x.dtype not in (torch.bfloat16, torch.float16):
+        raise ValueError(f"a product of {x.dtype} and {w.dtype}: both have to be torch.bfloat16 or both torch.float16")
+    if w.ndim != 2 or x.shape[-1] != w.shape[1]:
+        raise ValueError(f"a product of {tuple(x.shape)} by {tuple(w.shape)}: rows of both have to be equally long")
+    check_turns(w.shape[0])
+    if bias is not None:
+        check_length("the bias", bias, w.shape[0])
+
+
+def check_scaled_geglu(
+    q: torch.Tensor, w: torch.Tensor, scale_q: torch.Tensor, scale_w: torch.Tensor, bias: torch.Tensor | None
+) -> None:
+    check_matmul(q, w, scale_q, scale_w, bias)
+    check_turns(w.shape[0])
+
+
+def gated_in_turns(product: torch.Tensor) -> torch.Tensor:
+    """hidden * gelu(gate) of columns in turns: (..., 2 * inner) → (..., inner), in fp32 throughout."""
+    hidden, gate = product.unflatten(-1, (-1, 2, TOGETHER)).unbind(-2)
+    made: torch.Tensor = hidden * F.gelu(gate)
+    return made.flatten(-2)
+
+
+def empty_gated(x: torch.Tensor, w: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty((*x.shape[:-1], w.shape[0] // 2), dtype=dtype, device=x.device)
+
+
+@torch.library.custom_op("diffusion_fast::linear_geglu", mutates_args=(), device_types="cpu")
+def linear_geglu(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """A linear layer and its GEGLU: x (..., in), w (2 * inner, in), bias (2 * inner,) or None → (..., inner).
+
+    x and w are both bf16 or both fp16 (else ValueError), which the result is too; w and bias are as `in_turns` makes
+    them. hidden * gelu(gate) is accumulated and activated in fp32, by the exact GELU, and rounded once. On a GPU `in`
+    is a multiple of 8. GLU variants: https://arxiv.org/abs/2002.05202
+    """
+    check_linear_geglu(x, w, bias)
+    product = F.linear(x.float(), w.float(), None if bias is None else bias.float())
+    return gated_in_turns(product).to(x.dtype)
+
+
+@linear_geglu.register_fake
+def _(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    check_linear_geglu(x, w, bias)
+    return empty_gated(x, w, x.dtype)
+
+
+@torch.library.custom_op("diffusion_fast::scaled_matmul_geglu", mutates_args=(), device_types="cpu")
+def scaled_matmul_geglu(
+    q: torch.Tensor,
+    w: torch.Tensor,
+    scale_q: torch.Tensor,
+    scale_w: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """`linear_geglu` of quantized rows and weights: as `scaled_matmul`, then GEGLU: (..., inner) in `out_dtype`.
+
+    w (2 * inner, in), scale_w (1, 2 * inner) and bias are in turns (`in_turns`). Nothing is rounded in between.
+    """
+    check_scaled_geglu(q, w, scale_q, scale_w, bias)
+    return gated_in_turns(scaled_matmul(q, w, scale_q, scale_w, bias, torch.float32)).to(out_dtype)
+
+
+@scaled_matmul_geglu.register_fake
+def _(
+    q: torch.Tensor,
+    w: torch.Tensor,
+    scale_q: torch.Tensor,
+    scale_w: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    check_scaled_geglu(q, w, scale_q, scale_w, bias)
+    return empty_gated(q, w, out_dtype)
 
 
 def channels_last(x: torch.Tensor) -> torch.Tensor:

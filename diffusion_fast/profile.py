@@ -35,7 +35,7 @@ MARK = "diffusion_fast:"
 CLASSES = {
     "attention": r"sdpa|flash|fmha|attention|softmax|triton_tem_\w*_(badd)?bmm_",
     "convolution": r"conv(?!ert)|fprop|implicit_gemm|winograd",
-    "linear": r"gemm|gemv|nvjet|splitk|cublas|_mm\b|_mm_|::mm|addmm|::linear|matmul|_int_mm|scaled_mm",
+    "linear": r"gemm|gemv|nvjet|splitk|cublas|_mm\b|_mm_|::mm|addmm|::linear|linear_geglu|matmul|_int_mm|scaled_mm",
     "norm": r"norm|moments|welford|var_mean|computefusedparams",
     "copies": r"memcpy|memset|copy|nchwtonhwc|nhwctonchw|::cat\b|catarray|clone|contiguous|fill_|fillfunctor",
     "pointwise": r"elementwise|triton_|quantize|amax|^aten::",

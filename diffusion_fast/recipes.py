@@ -36,7 +36,8 @@ CUDNN = HOST.plus("cudnn", "cudnn_benchmark")  # gained nothing on an H100, so t
 LAYOUT = HOST.plus("layout", "no_layout_copies")
 ATTENTION = LAYOUT.plus("attention", "attention_backend")
 PERSISTENT = ATTENTION.plus("persistent", "persistent_reductions")
-LOSSLESS = PERSISTENT.plus("prompt", "prompt_projections")
+GEGLU = PERSISTENT.plus("geglu", "fused_geglu")
+LOSSLESS = GEGLU.plus("prompt", "prompt_projections")
 FP8 = LOSSLESS.plus("fp8", "fp8_rows")
 INT8 = LOSSLESS.plus("int8", "int8_rows")
 FP8_CONVOLUTIONS = FP8.plus("fp8-convolutions", "fp8_convolutions")
@@ -53,7 +54,7 @@ LADDERS: dict[str, tuple[Recipe, ...]] = {
     "progressive": PROGRESSIVE,
     "progressive-modes": (*PROGRESSIVE, *DEFAULT_MODE),
     "fast": (
-        *(BASELINE, DEFAULT_MODE[-1], REGIONAL, GRAPH, HOST, CUDNN, LAYOUT, ATTENTION, PERSISTENT, LOSSLESS),
+        *(BASELINE, DEFAULT_MODE[-1], REGIONAL, GRAPH, HOST, CUDNN, LAYOUT, ATTENTION, PERSISTENT, GEGLU, LOSSLESS),
         *(INT8, FP8, FP8_CONVOLUTIONS),
     ),
     "turbo": (

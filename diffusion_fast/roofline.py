@@ -18,9 +18,11 @@ from diffusion_fast.measure import GIB, Stopwatches, timed
 from diffusion_fast.optimizations import Build
 
 KINDS = ("linear", "convolution", "attention")
+LINEARS = ("scaled_matmul", "linear_geglu", "scaled_matmul_geglu")  # operators of ours: rows, weights, and what else
 # Batched matmuls are attention's alone, and the rest of what is counted are its fused kernels.
 KIND_OF = {
-    **dict.fromkeys(("aten.mm", "aten.addmm", "aten._int_mm", "diffusion_fast.scaled_matmul"), "linear"),
+    **dict.fromkeys(("aten.mm", "aten.addmm", "aten._int_mm"), "linear"),
+    **dict.fromkeys((f"diffusion_fast.{name}" for name in LINEARS), "linear"),
     **dict.fromkeys(("aten.convolution", "diffusion_fast.convolution_nhwc"), "convolution"),
 }
 PARTS = ("text_encoding", "denoising_step", "vae_decode")
@@ -54,7 +56,8 @@ def count_flops(build: Build) -> dict[str, dict[str, float]]:
     }
     own = torch.ops.diffusion_fast
     if hasattr(own, "scaled_matmul"):  # where an optimization has imported them
-        unknown_to_torch[own.scaled_matmul] = lambda q, w, *_, **__: 2 * math.prod(q) * w[0]
+        for name in LINEARS:
+            unknown_to_torch[getattr(own, name)] = lambda rows, w, *_, **__: 2 * math.prod(rows) * w[0]
         unknown_to_torch[own.convolution_nhwc] = lambda x, w, *_, out_shape, **__: conv_flop_count(x, w, out_shape)
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))

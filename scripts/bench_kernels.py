@@ -79,6 +79,10 @@ def geglu_alone(x: torch.Tensor) -> object:
     return hidden * F.gelu(gate)
 
 
+def linear_geglu_by_torch(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor) -> object:
+    return geglu_alone(F.linear(x, w, bias))
+
+
 def norm_by_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> object:
     return by_torch(F.layer_norm(x, x.shape[-1:], weight, bias), (-1,), FP8)
 
@@ -170,6 +174,42 @@ def matmul_cases(device: str, check: bool) -> Iterator[Case]:
             }
 
         yield Case("scaled_matmul", f"{rows}×{columns}×{depth}", 0, 2 * rows * columns * depth, make)
+
+
+def geglu_cases(device: str, check: bool) -> Iterator[Case]:
+    """A feed-forward's first linear with its GEGLU, and both with what the second linear in eight bits needs."""
+    for rows, columns, depth in ((2048, 10240, 1280), (8192, 5120, 640)) if not check else ((20, 32, 32),):
+        apart = compiled(linear_geglu_by_torch, check)
+
+        def make(rows: int = rows, columns: int = columns, depth: int = depth, apart: Any = apart) -> dict[str, Call]:
+            x, w = normal(rows, depth, device=device), normal(columns, depth, device=device)
+            bias = normal(columns, device=device)
+            turns, bias_turns = operators.in_turns(w), operators.in_turns(bias)
+
+            def by_us(dtype: torch.dtype, quantized: bool) -> Call:
+                (q, scale_q), (rows, scale_w) = (kernels.launch_quantize_rows(each, dtype) for each in (x, turns))
+                given = (q, rows, scale_q, scale_w.reshape(1, -1), bias_turns, BF16)
+                if not quantized:
+                    return lambda: kernels.launch_scaled_matmul_geglu(*given)
+                return lambda: kernels.launch_quantize_rows(kernels.launch_scaled_matmul_geglu(*given), dtype)
+
+            def by_two(dtype: torch.dtype) -> Call:
+                (q, scale_q), (rows, scale_w) = (kernels.launch_quantize_rows(each, dtype) for each in (x, w))
+                given = (q, rows, scale_q, scale_w.reshape(1, -1), bias, BF16)
+                return lambda: kernels.launch_geglu_quantize_rows(kernels.launch_scaled_matmul(*given), dtype)
+
+            return {
+                "cuBLAS, Inductor's GEGLU": lambda: apart(x, w, bias),
+                "ours bf16": lambda: kernels.launch_linear_geglu(x, turns, bias_turns),
+                "ours fp8": by_us(FP8, quantized=False),
+                "ours int8": by_us(INT8, quantized=False),
+                "_scaled_mm, GEGLU to fp8": by_two(FP8),
+                "ours fp8, then to fp8": by_us(FP8, quantized=True),
+                "ours int8, GEGLU to int8": by_two(INT8),
+                "ours int8, then to int8": by_us(INT8, quantized=True),
+            }
+
+        yield Case("linear_geglu", f"{rows}×{columns}×{depth}", 0, 2 * rows * columns * depth, make)
 
 
 def image_cases(device: str, check: bool) -> Iterator[Case]:
@@ -289,7 +329,7 @@ def agreements(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
             operators.quantize_image(image, dtype),
             operators.quantize_filters(filters, dtype),
         )
-        product = (q, rows, scale_q, scale_w.reshape(1, -1), bias, BF16)
+        product = (q, rows, scale_q, scale_w.reshape(1, -1), bias, BF16)  # for GEGLU the rows mean something else
         added = torch.randn(2, 48, 10, 18).to(BF16)
         for name, launch, plain, given in (
             ("quantize_rows", kernels.launch_quantize_rows, operators.quantize_rows, (x, dtype)),
@@ -302,6 +342,7 @@ def agreements(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
             ),
             ("scaled_matmul", kernels.launch_scaled_matmul, operators.scaled_matmul, product),
             ("scaled_matmul, Triton's", kernels.launch_triton_matmul, operators.scaled_matmul, product),
+            ("scaled_matmul_geglu", kernels.launch_scaled_matmul_geglu, operators.scaled_matmul_geglu, product),
             ("quantize_image", kernels.launch_quantize_image, operators.quantize_image, (image, dtype)),
             (
                 "convolution_nhwc",
@@ -327,6 +368,23 @@ def agreements(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
                 return compare(launch(*moved(given)), plain(*given))
 
             yield f"{name}, {NAMES[dtype]}", agree
+
+    # Every tile that is tried, for the tuner takes one of them; ragged at all ends, and more tiles than programs.
+    sizes = (1100, 5200, 200) if device == "cuda" else (70, 208, 40)
+    x, w, bias = (torch.randn(shape).to(BF16) for shape in ((sizes[0], sizes[2]), sizes[1:], sizes[1:2]))
+    tuner = kernels._linear_geglu_kernel
+    for config in tuner.configs:
+
+        def agree_by(config: Any = config) -> str:
+            tried, tuner.configs = tuner.configs, [config]
+            try:
+                return compare(kernels.launch_linear_geglu(*moved((x, w, bias))), operators.linear_geglu(x, w, bias))
+            finally:
+                tuner.configs = tried
+
+        tile = config.kwargs
+        kind = "persistent" if tile["PERSISTENT"] else f"{config.num_stages} stages"
+        yield f"linear_geglu, {tile['FIRST']}×{tile['SECOND']}, {kind}", agree_by
 
 
 def lost(device: str) -> bool:
@@ -389,7 +447,7 @@ def main() -> None:
 
     columns = f"{'kernel':26}{'shape':20}{'by':28}{'µs':>9}{'GB/s':>8}{'TFLOP/s':>9}{'ratio':>7}"
     print(f"\n{columns}   after {time.monotonic() - start:.0f} s")
-    families = (row_cases, matmul_cases, convolution_cases, image_cases)
+    families = (row_cases, matmul_cases, geglu_cases, convolution_cases, image_cases)
     for case in itertools.chain.from_iterable(family(device, options.check) for family in families):
         if skipped(case.name):
             continue

@@ -91,8 +91,9 @@ def test_imports_go_one_way() -> None:
     order = [
         f"diffusion_fast.{name}"
         for name in (
-            "spec world models recipes inductor graphs operators kernels eight_bits projections optimizations.registry "
-            "optimizations.numbers optimizations.layers optimizations.quantization optimizations.compilation "
+            "spec world models recipes inductor graphs operators kernels gated eight_bits projections "
+            "optimizations.registry optimizations.numbers optimizations.layers optimizations.quantization "
+            "optimizations.compilation "
             "optimizations.approximation optimizations plan spool rows fidelity measure watch environment draw "
             "judge accuracy outliers pipeline onestep roofline profile worker sensitivity launch saved_cache ladder "
             "stats check control sweep report view tracking console cli __main__"

@@ -249,7 +249,14 @@ def test_the_pass_finds_the_layer_that_loses_most(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_command_writes_what_keep_reads(tmp_path: Path) -> None:
-    options = ("--with", "bf16,sdpa,regional_compile,fp8_rows", "--target", "1%", "--output", str(tmp_path / "out"))
+    options = (
+        "--with",
+        "bf16,sdpa,fused_geglu,regional_compile,fp8_rows",
+        "--target",
+        "1%",
+        "--output",
+        str(tmp_path / "out"),
+    )
     done = CliRunner().invoke(main, ("sensitivity", "--device", "cpu", *options))
     assert done.exit_code == 0, done.output
     found = json.loads((tmp_path / "out" / "sensitivity.json").read_text())

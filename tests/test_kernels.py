@@ -204,6 +204,100 @@ def test_integers_add_up_beyond_what_a_float_holds() -> None:
     assert torch.equal(made, operators.scaled_matmul(q, w, ones(3, 1), ones(1, 5), None, torch.float32))
 
 
+GATED = ((1, 16, 16), (5, 32, 16), (33, 80, 48), (70, 208, 64), (130, 48, 640))  # the second are hidden and gate
+
+
+def gated(
+    h: torch.Tensor, g: torch.Tensor, off_h: torch.Tensor, off_g: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """hidden * gelu(gate) of float64, and how far off it may be where they were known up to `off_h` and `off_g`."""
+    exact = h * torch.nn.functional.gelu(g)
+    slope = 1.13  # GELU's at most
+    # The kernel's GELU is within 6e-7, or the rounding of what is larger; the product rounds once more.
+    off = (h.abs() + off_h) * (slope * off_g + 6e-7 + g.abs() * RELATIVE) + off_h * g.abs() * slope
+    return exact, off + exact.abs() * RELATIVE
+
+
+@pytest.mark.parametrize("of", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("biased", (False, True))
+@pytest.mark.parametrize("rows, columns, depth", GATED)
+def test_a_linear_and_its_geglu_are_rounded_once(
+    rows: int, columns: int, depth: int, biased: bool, of: torch.dtype
+) -> None:
+    x = (torch.randn(rows, depth, generator=seeded(rows)) * torch.logspace(-3, 0.5, rows)[:, None]).to(of)
+    w = (torch.randn(columns, depth, generator=seeded(1)) / depth**0.5).to(of)
+    bias = torch.randn(columns, generator=seeded(2)).to(of)
+    if not biased:
+        bias.zero_()
+    hidden, gate = (x.double() @ w.double().t() + bias.double()).chunk(2, -1)  # as diffusers lays them out
+    sizes = (x.double().abs() @ w.double().abs().t() + bias.double().abs()).chunk(2, -1)
+    # Products of 16 bits are exact in fp32; their sum is off by a unit for each, at worst.
+    exact, slack = gated(hidden, gate, *(size * 2.0**-24 * (depth + 2) for size in sizes))
+    half = 2.0 ** -(8 if of == torch.bfloat16 else 11) * (exact.abs() + slack) + 2.0**-25  # of a unit
+    given = (x, operators.in_turns(w), operators.in_turns(bias) if biased else None)
+    for made in (kernels.launch_linear_geglu(*given), operators.linear_geglu(*given)):
+        assert made.dtype == of and made.shape == (rows, columns // 2) and made.is_contiguous()
+        assert ((made.double() - exact).abs() <= slack + half).all()
+
+
+@DTYPES
+@pytest.mark.parametrize("biased", (False, True))
+@pytest.mark.parametrize("rows, columns, depth", GATED)
+def test_geglu_of_a_product_is_that_of_the_quantized_numbers(
+    rows: int, columns: int, depth: int, biased: bool, dtype: torch.dtype
+) -> None:
+    q, scale_q = operators.quantize_rows(torch.randn(rows, depth, generator=seeded(rows)), dtype)
+    plain = torch.randn(columns, depth, generator=seeded(1)) / depth**0.5
+    w, scale_w = operators.quantize_rows(operators.in_turns(plain), dtype)
+    scale_w = scale_w.reshape(1, -1)
+    bias = torch.randn(columns, generator=seeded(2)).bfloat16() if biased else None
+
+    def apart(turned: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(half.flatten(-2) for half in turned.unflatten(-1, (-1, 2, operators.TOGETHER)).unbind(-2))
+
+    product = (q.double() @ w.double().t()) * scale_q.double() * scale_w.double()
+    size = (q.double().abs() @ w.double().abs().t()) * scale_q.double() * scale_w.double()
+    product += 0 if bias is None else bias.double()
+    off = (size + product.abs()) * 2.0**-24 * (depth + 4 if dtype != torch.int8 else 6)
+    exact, slack = gated(*apart(product), *apart(off))
+    for launch in (kernels.launch_scaled_matmul_geglu, operators.scaled_matmul_geglu):
+        made = launch(q, w, scale_q, scale_w, bias, torch.float32)
+        assert made.shape == (rows, columns // 2)
+        assert ((made.double() - exact).abs() <= slack).all()
+        for out_dtype in (torch.bfloat16, torch.float16):
+            assert torch.equal(launch(q, w, scale_q, scale_w, bias, out_dtype), made.to(out_dtype))
+
+
+def test_hidden_and_gate_take_turns_of_eight_rows() -> None:
+    turned = operators.in_turns(torch.arange(48))
+    assert turned.tolist() == [*range(8), *range(24, 32), *range(8, 16), *range(32, 40), *range(16, 24), *range(40, 48)]
+    x, w = torch.randn(2, 3, 16, generator=seeded(0)).bfloat16(), torch.randn(32, 16, generator=seeded(1)).bfloat16()
+    made = kernels.launch_linear_geglu(x, w, None)
+    assert made.shape == (2, 3, 16) and kernels.launch_linear_geglu(x[:0], w, None).shape == (0, 3, 16)
+    assert torch.equal(made.reshape(6, 16), kernels.launch_linear_geglu(x.reshape(6, 16), w, None))
+    turned_x = x.reshape(6, 16).t().contiguous().t()  # not contiguous
+    assert torch.equal(made.reshape(6, 16), kernels.launch_linear_geglu(turned_x, w, None))
+
+
+def test_gated_linears_that_cant_be_are_refused() -> None:
+    x, w = torch.ones(2, 16).bfloat16(), torch.ones(32, 16).bfloat16()
+    with pytest.raises(ValueError, match=r"both torch\.float16"):
+        operators.linear_geglu(x.float(), w.float(), None)
+    with pytest.raises(ValueError, match=r"\(2, 16\) by \(32, 8\)"):
+        kernels.launch_linear_geglu(x, w[:, :8], None)
+    with pytest.raises(ValueError, match="of 24 columns"):
+        kernels.launch_linear_geglu(x, w[:24], None)
+    with pytest.raises(ValueError, match="of 24 columns"):
+        operators.in_turns(w[:24])
+    with pytest.raises(ValueError, match="bias has 16 numbers: 32"):
+        kernels.launch_linear_geglu(x, w, w[0])
+    with pytest.raises(ValueError, match="rows of 8 bytes"):
+        kernels.launch_linear_geglu(x[:, :4], w[:, :4], None)
+    q, one = torch.ones(2, 16, dtype=torch.int8), torch.ones(1, 1)
+    with pytest.raises(ValueError, match="scale_q has 1 numbers: 2"):
+        kernels.launch_scaled_matmul_geglu(q, q.repeat(8, 1), one, torch.ones(1, 16), None, torch.bfloat16)
+
+
 @DTYPES
 def test_products_keep_leading_dimensions(dtype: torch.dtype) -> None:
     q, scale_q = operators.quantize_rows(torch.randn(2, 3, 16, generator=seeded(0)), dtype)
@@ -334,7 +428,14 @@ def operations(dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
         operators.quantize_image(image, dtype),
         operators.quantize_filters(image, dtype),
     )
+    turns, scale_turns = operators.quantize_rows(torch.randn(16, 16, generator=seeded(1)), dtype)
+    halves = (x.bfloat16(), turns.bfloat16(), torch.ones(16).bfloat16())
     return [
+        (operators.linear_geglu, halves),
+        (
+            operators.scaled_matmul_geglu,
+            (q, turns, scale_q, scale_turns.reshape(1, -1), torch.ones(16), torch.bfloat16),
+        ),
         (operators.scaled_matmul, (q, w, scale_q, scale_w.reshape(1, -1), torch.ones(3), torch.bfloat16)),
         (operators.quantize_image, (image, dtype)),
         (operators.convolution_nhwc, (pixels, filters, scale, scales, torch.ones(2), None, 2, 1, torch.bfloat16)),

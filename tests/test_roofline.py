@@ -72,9 +72,22 @@ def test_a_batch_takes_what_its_images_take_and_one_prompt(tiny: Build) -> None:
         assert four[part] == {kind: 4 * count for kind, count in one[part].items()}
 
 
-@pytest.mark.parametrize("eight_bits", ["int8_dynamic", "int8_rows", "fp8_rows", "fp8_convolutions"])
-def test_fused_eight_bit_and_compiled_kernels_count_as_what_they_stand_for(tiny: Build, eight_bits: str) -> None:
-    names = ("bf16", "sdpa", "channels_last", "fused_qkv", eight_bits, "compile")
+@pytest.mark.parametrize(
+    "eight_bits",
+    [
+        ("int8_dynamic",),
+        ("int8_rows",),
+        ("fp8_rows",),
+        ("fp8_convolutions",),
+        ("fused_geglu",),
+        ("fused_geglu", "int8_rows"),
+    ],
+    ids="+".join,
+)
+def test_fused_eight_bit_and_compiled_kernels_count_as_what_they_stand_for(
+    tiny: Build, eight_bits: tuple[str, ...]
+) -> None:
+    names = ("bf16", "sdpa", "channels_last", "fused_qkv", *eight_bits, "compile")
     ordered = plan_recipe(MODELS["tiny"], Recipe("mine", names), CPU)
     with torch.no_grad():
         fast, _ = pipeline.build_pipeline(replace(tiny.spec, optimizations=ordered), lambda _: None)
