@@ -34,7 +34,8 @@ GRAPH = REGIONAL.plus("graph", "cuda_graph")
 HOST = GRAPH.plus("postprocessing", "device_postprocessing")
 CUDNN = HOST.plus("cudnn", "cudnn_benchmark")
 LAYOUT = CUDNN.plus("layout", "no_layout_copies")
-LOSSLESS = LAYOUT.plus("attention", "attention_backend")
+NORMS = LAYOUT.plus("norms", "group_norm_kernels")
+LOSSLESS = NORMS.plus("attention", "attention_backend")
 FP8 = LOSSLESS.plus("fp8", "fp8_rows")
 INT8 = LOSSLESS.plus("int8", "int8_rows")
 FP8_CONVOLUTIONS = FP8.plus("fp8-convolutions", "fp8_convolutions")
@@ -50,7 +51,10 @@ AA = "aa"
 LADDERS: dict[str, tuple[Recipe, ...]] = {
     "progressive": PROGRESSIVE,
     "progressive-modes": (*PROGRESSIVE, *DEFAULT_MODE),
-    "fast": (BASELINE, DEFAULT_MODE[-1], REGIONAL, GRAPH, HOST, CUDNN, LAYOUT, LOSSLESS, INT8, FP8, FP8_CONVOLUTIONS),
+    "fast": (
+        *(BASELINE, DEFAULT_MODE[-1], REGIONAL, GRAPH, HOST, CUDNN, LAYOUT, NORMS, LOSSLESS),
+        *(INT8, FP8, FP8_CONVOLUTIONS),
+    ),
     "turbo": (
         PLAIN,
         *CONTROLS,

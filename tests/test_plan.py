@@ -97,6 +97,7 @@ def test_a_rung_that_would_measure_nothing_new_is_left_out_and_said() -> None:
         "regional",
         "postprocessing",
         "layout",
+        "norms",
         "int8",
         "fp8",
         "fp8-convolutions",
@@ -119,7 +120,7 @@ def test_an_older_gpu_climbs_the_ladder_without_what_it_lacks() -> None:
     a100 = plan.Device("cuda", "NVIDIA A100", (8, 0))
     ladder = planned("fast", a100, "sdxl")
     assert "fp8_rows is left out: NVIDIA A100 has too low a compute capability" in ladder.notes
-    assert [spec.recipe for spec in ladder.rungs][-2:] == ["layout", "attention"]
+    assert [spec.recipe for spec in ladder.rungs][-3:] == ["layout", "norms", "attention"]
 
 
 def test_random_weights_say_nothing_of_approximations() -> None:
