@@ -1,7 +1,7 @@
-"""Group norm of images in channels_last as two Triton kernels: one reads for the statistics, one reads and writes.
+"""Group norm of images in channels_last as Triton kernels: one reads for the statistics, one reads again and writes.
 
-Importing this module has `group_norm_nhwc` on CUDA tensors go to them. `launch_group_norm_nhwc` starts them. Nothing
-here waits for the device, is autotuned or has to be set to zero first, so that a CUDA graph may capture it.
+Importing this module has CUDA tensors go to them. `launch_NAME` starts the kernels of an operation. Nothing here waits
+for the device, is autotuned or has to be set to zero first, so that a CUDA graph may capture it.
 
 An image is (pixels, channels) in memory. A program has a span of the channels, some whole groups of them, and a part
 of the pixels, of which it reads a tile after the other. It leaves a mean and a sum of squared deviations for each of
@@ -15,8 +15,24 @@ from typing import Any
 
 import torch
 
-from diffusion_fast.kernels import INTERPRETED  # first: it says what it needs where there is no Triton
-from diffusion_fast.operators import channels_last, check_group_norm, empty_like_images, group_norm_nhwc
+from diffusion_fast.kernels import (
+    INTERPRETED,
+    _rounded,
+    _scale_of,
+)  # first: it says what it needs where there is no Triton
+from diffusion_fast.operators import (
+    SILU_LEAST,
+    SILU_LEAST_AT,
+    SMALLEST_SCALE,
+    Quantized,
+    channels_last,
+    check_group_norm,
+    empty_images,
+    empty_like_images,
+    group_norm_nhwc,
+    group_norm_quantize_nhwc,
+    largest,
+)
 
 # isort: split
 import triton
@@ -25,7 +41,9 @@ import triton.language as tl
 WARPS = 8
 TILE = 4096  # numbers, 16 a thread: two loads of 16 bytes in bf16
 STAGES = 3  # tiles of the loop that are on their way or worked on: 16 KiB of shared memory a program
-RESIDENT = 3  # programs that a multiprocessor holds at once (80 registers a thread): one wave of them, and no tail
+# Programs that a multiprocessor holds at once: one wave of them, and no tail. Those that look for the largest number
+# take 112 registers a thread, the others 80.
+RESIDENT, RESIDENT_LIMITED = 3, 2
 MOST_STATISTICS = 4096  # parts × groups, which a program of the second kernel holds in registers at its start
 LEAST_BLOCK = 64  # channels: a line of 128 bytes in bf16
 
@@ -59,11 +77,11 @@ def spans(channels: int, groups: int) -> Spans:
     return min(tried, key=lambda each: (each.count * each.block, each.block))
 
 
-def parts(images: int, pixels: int, given: Spans, multiprocessors: int) -> tuple[int, int, int]:
+def parts(images: int, pixels: int, given: Spans, programs: int) -> tuple[int, int, int]:
     """Into how many parts the pixels go, the pixels of each but the last, and those of a tile."""
     rows = max(1, TILE // given.block)
     most = MOST_STATISTICS // triton.next_power_of_2(given.groups)
-    wanted = max(1, min(most, RESIDENT * multiprocessors // (images * given.count)))
+    wanted = max(1, min(most, programs // (images * given.count)))
     part = rows * triton.cdiv(triton.cdiv(pixels, wanted), rows)
     return triton.cdiv(pixels, part), part, rows
 
@@ -75,11 +93,14 @@ def parts(images: int, pixels: int, given: Spans, multiprocessors: int) -> tuple
 # Chan, Golub and LeVeque 1983, Algorithms for computing the sample variance, https://doi.org/10.2307/2683386
 @triton.jit(do_not_specialize=["PIXELS", "PART"])
 def _group_norm_statistics_kernel(
-    x_ptr, x_bias_ptr, embedding_ptr, statistics_ptr, PIXELS, PART,
+    x_ptr, x_bias_ptr, embedding_ptr, statistics_ptr, limits_ptr, PIXELS, PART,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr, BIASED: tl.constexpr, EMBEDDED: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, BIASED: tl.constexpr, EMBEDDED: tl.constexpr, LIMITED: tl.constexpr,
 ):  # fmt: skip
-    """Program (span, part, image): means and squared deviations of the span's groups in a part of the pixels."""
+    """Program (span, part, image): means and squared deviations of the span's groups in a part of the pixels.
+
+    Where it is LIMITED also the least and the largest x of each channel there.
+    """
     span, part, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     lane, row = tl.arange(0, BLOCK), tl.arange(0, ROWS)
     channel = span * WIDTH + lane
@@ -92,13 +113,19 @@ def _group_norm_statistics_kernel(
     total = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     squares = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
     others = tl.broadcast_to(origin[None, :], (ROWS, BLOCK))
+    least = tl.broadcast_to(wide_origin[None, :], (ROWS, BLOCK))
+    largest = least
     within = row[:, None] * CHANNELS + lane[None, :]
     for start in tl.range(0, pixels, ROWS, num_stages=STAGES):
         mask = (row < pixels - start)[:, None] & inside[None, :]
         x = tl.load(x_ptr + within, mask=mask, other=others)
-        off = x.to(tl.float32) - wide_origin[None, :]
+        wide = x.to(tl.float32)
+        off = wide - wide_origin[None, :]
         total += off
         squares += off * off
+        if LIMITED:
+            least = tl.minimum(least, wide)
+            largest = tl.maximum(largest, wide)
         x_ptr += ROWS * CHANNELS
     count = pixels.to(tl.float32)
     off = tl.sum(total, 0)
@@ -118,21 +145,21 @@ def _group_norm_statistics_kernel(
     at = (image * tl.num_programs(0) + span) * tl.num_programs(1) + part
     tl.store(statistics_ptr + at * (2 * GROUPS) + group, mean)
     tl.store(statistics_ptr + at * (2 * GROUPS) + GROUPS + group, deviation)
+    if LIMITED:
+        tl.store(limits_ptr + at * (2 * BLOCK) + lane, tl.min(least, 0))
+        tl.store(limits_ptr + at * (2 * BLOCK) + BLOCK + lane, tl.max(largest, 0))
 
 
-@triton.jit(do_not_specialize=["PIXELS", "PART"])
-def _group_norm_apply_kernel(
-    x_ptr, x_bias_ptr, embedding_ptr, statistics_ptr, weight_ptr, bias_ptr, out_ptr, PIXELS, PART, eps,
+@triton.jit
+def _affine(
+    x_bias_ptr, embedding_ptr, statistics_ptr, weight_ptr, bias_ptr, span, spans, parts, image, PIXELS, PART, eps,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr,
-    ROWS: tl.constexpr, STAGES: tl.constexpr, BIASED: tl.constexpr, EMBEDDED: tl.constexpr,
-    PARTS: tl.constexpr, SILU: tl.constexpr,
+    BIASED: tl.constexpr, EMBEDDED: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """Program (span, part, image), as of the other kernel: x (PIXELS, CHANNELS) of an image → out, of its layout."""
-    span, part, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """What each channel of a span is multiplied by and what is added then: all that a group norm is."""
     each, group = tl.arange(0, PARTS), tl.arange(0, GROUPS)
-    at = (image * tl.num_programs(0) + span) * tl.num_programs(1) + each
-    at = at[:, None] * (2 * GROUPS) + group[None, :]
-    there = (each < tl.num_programs(1))[:, None]
+    at = ((image * spans + span) * parts + each)[:, None] * (2 * GROUPS) + group[None, :]
+    there = (each < parts)[:, None]
     means = tl.load(statistics_ptr + at, mask=there, other=0.0)
     deviations = tl.load(statistics_ptr + at + GROUPS, mask=there, other=0.0)
     counts = tl.maximum(tl.minimum(PIXELS - each * PART, PART), 0).to(tl.float32)[:, None]
@@ -141,8 +168,8 @@ def _group_norm_apply_kernel(
     apart = means - mean[None, :]
     variance = tl.sum(deviations + apart * apart * (counts * PER_GROUP), 0) / (count * PER_GROUP)
 
-    # From groups to channels, for which all is one multiplication and one addition.
-    lane, row = tl.arange(0, BLOCK), tl.arange(0, ROWS)
+    # From groups to channels.
+    lane = tl.arange(0, BLOCK)
     channel = span * WIDTH + lane
     inside = (lane < WIDTH) & (channel < CHANNELS)
     member = lane // PER_GROUP == group[:, None]
@@ -153,9 +180,23 @@ def _group_norm_apply_kernel(
     if EMBEDDED:
         shift += tl.load(embedding_ptr + image * CHANNELS + channel, mask=inside, other=0.0).to(tl.float32)
     scale *= tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    shift = shift * scale + tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    return scale, shift * scale + tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
 
-    # Backwards: what the other kernel read last is still in cache.
+
+@triton.jit
+def _silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _write_span(
+    x_ptr, out_ptr, span, part, image, scale, shift, inverse, PIXELS, PART, CHANNELS: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, SILU: tl.constexpr,
+    QUANTIZED: tl.constexpr,
+):  # fmt: skip
+    """Read a part of the pixels a second time and write it. Backwards: what was read last is still in cache."""
+    lane, row = tl.arange(0, BLOCK), tl.arange(0, ROWS)
+    inside = (lane < WIDTH) & (span * WIDTH + lane < CHANNELS)
     first = part * PART
     pixels = tl.minimum(PIXELS - first, PART)
     last = (pixels - 1) // ROWS * ROWS
@@ -168,15 +209,138 @@ def _group_norm_apply_kernel(
         x = tl.load(x_ptr + within, mask=mask, other=0.0, eviction_policy="evict_first")
         made = x.to(tl.float32) * scale[None, :] + shift[None, :]
         if SILU:
-            made = made / (1.0 + tl.exp(-made))
-        tl.store(out_ptr + within, made.to(out_ptr.dtype.element_ty), mask=mask)
+            made = _silu(made)
+        if QUANTIZED:
+            tl.store(out_ptr + within, _rounded(made * inverse, out_ptr.dtype.element_ty), mask=mask)
+        else:
+            tl.store(out_ptr + within, made.to(out_ptr.dtype.element_ty), mask=mask)
         x_ptr -= ROWS * CHANNELS
         out_ptr -= ROWS * CHANNELS
+
+
+@triton.jit(do_not_specialize=["PIXELS", "PART"])
+def _group_norm_apply_kernel(
+    x_ptr, x_bias_ptr, embedding_ptr, statistics_ptr, weight_ptr, bias_ptr, out_ptr, PIXELS, PART, eps,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, BIASED: tl.constexpr, EMBEDDED: tl.constexpr, PARTS: tl.constexpr,
+    SILU: tl.constexpr,
+):  # fmt: skip
+    """Program (span, part, image), as of the other kernel: x (PIXELS, CHANNELS) of an image → out, of its layout."""
+    span, part, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    scale, shift = _affine(
+        x_bias_ptr, embedding_ptr, statistics_ptr, weight_ptr, bias_ptr, span, tl.num_programs(0), tl.num_programs(1),
+        image, PIXELS, PART, eps, CHANNELS, WIDTH, PER_GROUP, BLOCK, GROUPS, BIASED, EMBEDDED, PARTS,
+    )  # fmt: skip
+    _write_span(
+        x_ptr, out_ptr, span, part, image, scale, shift, 1.0, PIXELS, PART, CHANNELS, WIDTH, BLOCK, ROWS, STAGES, SILU,
+        False,
+    )  # fmt: skip
+
+
+# Quantized, an image has one scale, so that its largest number has to be known before anything is written. What a
+# channel's x becomes is monotone up to SiLU, which is monotone from LEAST_AT on: the least and the largest x tell the
+# largest |y|. Where SiLU was given less than LEAST_AT, |y| is taken to be as large as it can be there.
+LEAST_AT = tl.constexpr(SILU_LEAST_AT)
+LEAST = tl.constexpr(-SILU_LEAST)
+
+
+@triton.jit(do_not_specialize=["PIXELS", "PART"])
+def _group_norm_limits_kernel(
+    x_bias_ptr, embedding_ptr, statistics_ptr, limits_ptr, weight_ptr, bias_ptr, affine_ptr, amax_ptr,
+    PARTS_THERE, PIXELS, PART, eps,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr,
+    BIASED: tl.constexpr, EMBEDDED: tl.constexpr, PARTS: tl.constexpr, SILU: tl.constexpr, TOGETHER: tl.constexpr,
+):  # fmt: skip
+    """Program (span, image): factor and addend of each channel, and the largest |y| of the span."""
+    span, spans, image = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
+    scale, shift = _affine(
+        x_bias_ptr, embedding_ptr, statistics_ptr, weight_ptr, bias_ptr, span, spans, PARTS_THERE, image, PIXELS, PART,
+        eps, CHANNELS, WIDTH, PER_GROUP, BLOCK, GROUPS, BIASED, EMBEDDED, PARTS,
+    )  # fmt: skip
+    lane, each = tl.arange(0, BLOCK), tl.arange(0, TOGETHER)
+    least = tl.full((TOGETHER, BLOCK), float("inf"), dtype=tl.float32)
+    largest = tl.full((TOGETHER, BLOCK), float("-inf"), dtype=tl.float32)
+    for start in range(0, PARTS_THERE, TOGETHER):
+        at = ((image * spans + span) * PARTS_THERE + start + each)[:, None] * (2 * BLOCK) + lane[None, :]
+        there = (start + each < PARTS_THERE)[:, None]
+        least = tl.minimum(least, tl.load(limits_ptr + at, mask=there, other=float("inf")))
+        largest = tl.maximum(largest, tl.load(limits_ptr + at + BLOCK, mask=there, other=float("-inf")))
+    one, other = tl.min(least, 0) * scale + shift, tl.max(largest, 0) * scale + shift
+    low, high = tl.minimum(one, other), tl.maximum(one, other)
+    if SILU:
+        reached = tl.maximum(tl.abs(_silu(high)), tl.where(low < LEAST_AT, LEAST, tl.abs(_silu(low))))
+    else:
+        reached = tl.maximum(tl.abs(low), tl.abs(high))
+    inside = (lane < WIDTH) & (span * WIDTH + lane < CHANNELS)
+    at = image * spans + span
+    tl.store(amax_ptr + at, tl.max(tl.where(inside, reached, 0.0)))
+    tl.store(affine_ptr + at * (2 * BLOCK) + lane, scale)
+    tl.store(affine_ptr + at * (2 * BLOCK) + BLOCK + lane, shift)
+
+
+@triton.jit(do_not_specialize=["PIXELS", "PART"])
+def _group_norm_quantize_kernel(
+    x_ptr, affine_ptr, amax_ptr, q_ptr, scale_ptr, PIXELS, PART,
+    CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+    SPANS: tl.constexpr, SILU: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+):  # fmt: skip
+    """Program (span, part, image): x (PIXELS, CHANNELS) of an image → q, of its layout, and the image's scale."""
+    span, part, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    at, lane, each = image * tl.num_programs(0), tl.arange(0, BLOCK), tl.arange(0, SPANS)
+    amax = tl.max(tl.load(amax_ptr + at + each, mask=each < tl.num_programs(0), other=0.0))
+    quantum, inverse = _scale_of(amax, LARGEST, SMALLEST)
+    if (span == 0) & (part == 0):
+        tl.store(scale_ptr + image, quantum)
+    scale = tl.load(affine_ptr + (at + span) * (2 * BLOCK) + lane)
+    shift = tl.load(affine_ptr + (at + span) * (2 * BLOCK) + BLOCK + lane)
+    _write_span(
+        x_ptr, q_ptr, span, part, image, scale, shift, inverse, PIXELS, PART, CHANNELS, WIDTH, BLOCK, ROWS, STAGES,
+        SILU, True,
+    )  # fmt: skip
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return 1 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the kernels of one call are given in common."""
+
+    x: torch.Tensor  # in channels_last
+    x_bias: torch.Tensor | None
+    embedding: torch.Tensor | None
+    statistics: torch.Tensor  # (images, spans, parts, 2, groups of a span)
+    pixels: int
+    part: int
+    grid: tuple[int, int, int]  # spans, parts, images
+    constants: dict[str, Any]
+    tiles: dict[str, int]  # constants of those that go through the pixels
+
+
+def _work(
+    x: torch.Tensor, groups: int, x_bias: torch.Tensor | None, embedding: torch.Tensor | None, resident: int
+) -> Work:
+    images, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
+    shape = spans(channels, groups)
+    count, part, rows = parts(images, pixels, shape, resident * _multiprocessors(x.device))
+    lanes = triton.next_power_of_2(shape.groups)
+    constants = {
+        "CHANNELS": channels, "WIDTH": shape.width, "PER_GROUP": channels // groups, "BLOCK": shape.block,
+        "GROUPS": lanes, "BIASED": x_bias is not None, "EMBEDDED": embedding is not None,
+    }  # fmt: skip
+    return Work(
+        channels_last(x),
+        None if x_bias is None else x_bias.contiguous(),
+        None if embedding is None else embedding.contiguous(),
+        torch.empty((images, shape.count, count, 2, lanes), dtype=torch.float32, device=x.device),
+        pixels,
+        part,
+        (shape.count, count, images),
+        constants,
+        {"ROWS": rows, "STAGES": STAGES, "num_warps": WARPS},
+    )
 
 
 def launch_group_norm_nhwc(
@@ -189,30 +353,64 @@ def launch_group_norm_nhwc(
     x_bias: torch.Tensor | None = None,
     embedding: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`group_norm_nhwc` by its Triton kernels."""
+    """`group_norm_nhwc` by its Triton kernels: two launches."""
     check_group_norm(x, groups, weight, bias, x_bias, embedding)
     out = empty_like_images(x)
     if not out.numel():
         return out
-    images, channels, pixels = x.shape[0], x.shape[1], x.shape[2] * x.shape[3]
-    shape = spans(channels, groups)
-    count, part, rows = parts(images, pixels, shape, _multiprocessors(x.device))
-    lanes = triton.next_power_of_2(shape.groups)
-    x = channels_last(x)
-    x_bias, embedding = (None if given is None else given.contiguous() for given in (x_bias, embedding))
-    statistics = torch.empty((images, shape.count, count, 2, lanes), dtype=torch.float32, device=x.device)
-    grid = (shape.count, count, images)
-    constants: dict[str, Any] = {
-        "CHANNELS": channels, "WIDTH": shape.width, "PER_GROUP": channels // groups, "BLOCK": shape.block,
-        "GROUPS": lanes, "ROWS": rows, "STAGES": STAGES, "BIASED": x_bias is not None,
-        "EMBEDDED": embedding is not None, "num_warps": WARPS,
-    }  # fmt: skip
-    _group_norm_statistics_kernel[grid](x, x_bias, embedding, statistics, pixels, part, **constants)
-    _group_norm_apply_kernel[grid](
-        x, x_bias, embedding, statistics, weight.contiguous(), bias.contiguous(), out, pixels, part, eps,
-        PARTS=triton.next_power_of_2(count), SILU=silu, **constants,
+    work = _work(x, groups, x_bias, embedding, RESIDENT)
+    added, constants = (work.x_bias, work.embedding), work.constants | work.tiles
+    _group_norm_statistics_kernel[work.grid](
+        work.x, *added, work.statistics, None, work.pixels, work.part, LIMITED=False, **constants
+    )
+    _group_norm_apply_kernel[work.grid](
+        work.x, *added, work.statistics, weight.contiguous(), bias.contiguous(), out, work.pixels, work.part, eps,
+        PARTS=triton.next_power_of_2(work.grid[1]), SILU=silu, **constants,
     )  # fmt: skip
     return out
 
 
 group_norm_nhwc.register_kernel("cuda")(launch_group_norm_nhwc)
+
+
+def launch_group_norm_quantize_nhwc(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    silu: bool,
+    dtype: torch.dtype,
+    x_bias: torch.Tensor | None = None,
+    embedding: torch.Tensor | None = None,
+) -> Quantized:
+    """`group_norm_quantize_nhwc` by its Triton kernels: three launches, the one in between on what is in cache."""
+    check_group_norm(x, groups, weight, bias, x_bias, embedding)
+    q, scale = empty_images(x, dtype)
+    if not q.numel():
+        return q, scale
+    work = _work(x, groups, x_bias, embedding, RESIDENT_LIMITED)
+    images, spans, parts = len(x), work.grid[0], work.grid[1]
+    block = work.constants["BLOCK"]
+    limits, affine, amax = (
+        torch.empty(shape, dtype=torch.float32, device=x.device)
+        for shape in ((images, spans, parts, 2, block), (images, spans, 2, block), (images, spans))
+    )
+    weight, bias = weight.contiguous(), bias.contiguous()
+    added, tiles = (work.x_bias, work.embedding), work.tiles
+    _group_norm_statistics_kernel[work.grid](
+        work.x, *added, work.statistics, limits, work.pixels, work.part, LIMITED=True, **work.constants, **tiles
+    )
+    _group_norm_limits_kernel[(spans, images)](
+        *added, work.statistics, limits, weight, bias, affine, amax, parts, work.pixels, work.part, eps,
+        PARTS=triton.next_power_of_2(parts), SILU=silu, TOGETHER=16, num_warps=WARPS, **work.constants,
+    )  # fmt: skip
+    _group_norm_quantize_kernel[work.grid](
+        work.x, affine, amax, q, scale, work.pixels, work.part, CHANNELS=x.shape[1], WIDTH=work.constants["WIDTH"],
+        BLOCK=block, SPANS=triton.next_power_of_2(spans), SILU=silu, LARGEST=largest(dtype), SMALLEST=SMALLEST_SCALE,
+        **tiles,
+    )  # fmt: skip
+    return q, scale
+
+
+group_norm_quantize_nhwc.register_kernel("cuda")(launch_group_norm_quantize_nhwc)

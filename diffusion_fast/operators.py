@@ -300,13 +300,25 @@ def group_norm_nhwc(
     Wu and He 2018, https://arxiv.org/abs/1803.08494
     """
     check_group_norm(x, groups, weight, bias, x_bias, embedding)
+    made = normed(x, groups, weight, bias, eps, x_bias, embedding)
+    return empty_like_images(x).copy_(F.silu(made) if silu else made)
+
+
+def normed(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    x_bias: torch.Tensor | None,
+    embedding: torch.Tensor | None,
+) -> torch.Tensor:
     wide = x.float().contiguous()  # in channels_last PyTorch subtracts squares on a CPU, where a large mean cancels
     if x_bias is not None:
         wide = wide + x_bias.float()[:, None, None]
     if embedding is not None:
         wide = wide + embedding.float()[:, :, None, None]
-    made = F.group_norm(wide, groups, weight.float(), bias.float(), eps)
-    return empty_like_images(x).copy_(F.silu(made) if silu else made)
+    return F.group_norm(wide, groups, weight.float(), bias.float(), eps)
 
 
 def empty_like_images(x: torch.Tensor) -> torch.Tensor:
@@ -326,3 +338,52 @@ def _(
 ) -> torch.Tensor:
     check_group_norm(x, groups, weight, bias, x_bias, embedding)
     return empty_like_images(x)
+
+
+SILU_LEAST_AT, SILU_LEAST = -1.2784645, -0.27846455  # where SiLU is least, and what it is there
+
+
+@torch.library.custom_op("diffusion_fast::group_norm_quantize_nhwc", mutates_args=(), device_types="cpu")
+def group_norm_quantize_nhwc(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    silu: bool,
+    dtype: torch.dtype,
+    x_bias: torch.Tensor | None = None,
+    embedding: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`group_norm_nhwc`, each image quantized by a scale of its own: → q of x's shape, scale (images,) in fp32.
+
+    As `quantize_image` has them, but nothing is rounded to x's dtype in between; and where SiLU was given a number
+    below that where it is least, the scale is that of 0.278 at least, though no number may come as close to that.
+    """
+    check_group_norm(x, groups, weight, bias, x_bias, embedding)
+    made = normed(x, groups, weight, bias, eps, x_bias, embedding)
+    least = made.amin((1, 2, 3), keepdim=True)
+    if silu:
+        made = F.silu(made)
+    amax = made.abs().amax((1, 2, 3), keepdim=True)
+    if silu:
+        amax = torch.where(least < SILU_LEAST_AT, amax.clamp(min=-SILU_LEAST), amax)
+    made, scale = quantized(made, amax, dtype)
+    q, _ = empty_images(x, dtype)
+    return q.copy_(made), scale.flatten()
+
+
+@group_norm_quantize_nhwc.register_fake
+def _(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    silu: bool,
+    dtype: torch.dtype,
+    x_bias: torch.Tensor | None = None,
+    embedding: torch.Tensor | None = None,
+) -> Quantized:
+    check_group_norm(x, groups, weight, bias, x_bias, embedding)
+    return empty_images(x, dtype)

@@ -221,6 +221,12 @@ def group_norm_cases(device: str, check: bool) -> Iterator[Case]:
                 "ours, without SiLU": lambda: norm_kernels.launch_group_norm_nhwc(x, 32, weight, bias, 1e-5, False),
                 "inductor": lambda: norm(x, weight, bias),
                 "eager": lambda: group_norm_by_torch(x, weight, bias),
+                "ours, to fp8": lambda: norm_kernels.launch_group_norm_quantize_nhwc(
+                    x, 32, weight, bias, 1e-5, True, FP8
+                ),
+                "ours, then to fp8": lambda: kernels.launch_quantize_image(
+                    norm_kernels.launch_group_norm_nhwc(x, 32, weight, bias, 1e-5, True), FP8
+                ),
             }
 
         size = torch.Size(shape).numel()
@@ -371,12 +377,20 @@ def agreements(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
         x, (weight, bias, x_bias) = torch.randn(2, channels, side, side), torch.randn(3, channels)
         x = x * torch.logspace(-1, 1, channels)[:, None, None] + 3
         for dtype in (BF16, torch.float32):
-            norm = (x.to(dtype), 32, weight, bias, 1e-5, True, x_bias, torch.randn(2, channels))
+            norm: tuple[Any, ...] = (x.to(dtype), 32, weight, bias, 1e-5, True, x_bias, torch.randn(2, channels))
 
             def normed(given: tuple[Any, ...] = norm) -> str:
                 return compare(norm_kernels.launch_group_norm_nhwc(*moved(given)), operators.group_norm_nhwc(*given))
 
             yield f"group_norm, {channels}, {NAMES[dtype]}", normed
+        for dtype in (FP8, INT8):
+            norm = (x.to(BF16), 32, weight, bias, 1e-5, True, dtype)
+
+            def quantized(given: tuple[Any, ...] = norm) -> str:
+                made = norm_kernels.launch_group_norm_quantize_nhwc(*moved(given))
+                return compare(made, operators.group_norm_quantize_nhwc(*given))
+
+            yield f"group_norm, {channels}, to {NAMES[dtype]}", quantized
 
 
 def lost(device: str) -> bool:

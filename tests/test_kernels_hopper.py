@@ -141,27 +141,41 @@ NORMED = (320, 640, 960, 1280, 1920, 2560, 128, 256, 512)  # channels of SDXL's 
 @pytest.mark.parametrize("channels", NORMED)
 def test_group_norms_stay_in_registers(channels: int, x: str, tmp_path: Path) -> None:
     shape = norm_kernels.spans(channels, 32)
-    count, _, rows = norm_kernels.parts(1, 1024 * 1024, shape, multiprocessors=132)  # the most that there are
+    count, _, rows = norm_kernels.parts(
+        1, 1024 * 1024, shape, programs=132 * norm_kernels.RESIDENT
+    )  # the most there are
     pointers = ("x_ptr", "x_bias_ptr", "embedding_ptr", "weight_ptr", "bias_ptr", "out_ptr")
-    types = dict.fromkeys(pointers, f"*{x}") | {"statistics_ptr": "*fp32", "eps": "fp32"}
-    types |= dict.fromkeys(("PIXELS", "PART"), "i32")
-    constants = {
-        "CHANNELS": channels, "WIDTH": shape.width, "PER_GROUP": channels // 32, "BLOCK": shape.block,
-        "GROUPS": triton.next_power_of_2(shape.groups), "ROWS": rows, "STAGES": norm_kernels.STAGES, "BIASED": True,
-        "EMBEDDED": True, "num_warps": norm_kernels.WARPS,
+    types = dict.fromkeys(pointers, f"*{x}") | dict.fromkeys(("PIXELS", "PART", "PARTS_THERE"), "i32") | {"eps": "fp32"}
+    types |= dict.fromkeys(("statistics_ptr", "limits_ptr", "affine_ptr", "amax_ptr", "scale_ptr"), "*fp32")
+    types |= {"q_ptr": "*fp8e4nv"}
+    constants: dict[str, Any] = {
+        "CHANNELS": channels, "WIDTH": shape.width, "PER_GROUP": channels // 32, "BLOCK": shape.block, "ROWS": rows,
+        "GROUPS": triton.next_power_of_2(shape.groups), "STAGES": norm_kernels.STAGES, "BIASED": True, "EMBEDDED": True,
+        "PARTS": triton.next_power_of_2(count), "SPANS": triton.next_power_of_2(shape.count), "SILU": True,
+        "TOGETHER": 16, "LARGEST": 448.0, "SMALLEST": operators.SMALLEST_SCALE,
     }  # fmt: skip
-    applied = constants | {"PARTS": triton.next_power_of_2(count), "SILU": True}
-    for kernel, given in (
-        (norm_kernels._group_norm_statistics_kernel, constants),
-        (norm_kernels._group_norm_apply_kernel, applied),
+    for name, more in (
+        ("statistics", {"LIMITED": False}),
+        ("statistics", {"LIMITED": True}),
+        ("limits", {}),
+        ("apply", {}),
+        ("quantize", {}),
     ):
-        ptx, usage = compiled(kernel, types, tmp_path, plain=("PIXELS", "PART"), **given)
+        kernel = getattr(norm_kernels, f"_group_norm_{name}_kernel")
+        given = {each: value for each, value in (constants | more).items() if each in kernel.arg_names}
+        plain = ("PIXELS", "PART", "PARTS_THERE")
+        ptx, usage = compiled(kernel, types, tmp_path, plain=plain, num_warps=norm_kernels.WARPS, **given)
         assert usage["STACK"] == usage["LOCAL"] == 0
-        assert x == "fp32" or usage["REG"] * 32 * norm_kernels.WARPS * norm_kernels.RESIDENT <= 65536
-        # 16 bytes a load, on its way to shared memory while the tiles before it are worked on, and 16 a store.
-        assert re.findall(r"cp\.async\.\S*\.shared\.global \[[^]]*\], \[[^]]*\], (\w+)", ptx)
-        assert set(re.findall(r"cp\.async\.\S*\.shared\.global [^;]*\], (\w+)", ptx)) == {"0x10"}
-        assert kernel is norm_kernels._group_norm_statistics_kernel or "st.global.v4.b32" in ptx
+        if x == "bf16" and name != "limits":
+            resident = norm_kernels.RESIDENT_LIMITED if more.get("LIMITED") else norm_kernels.RESIDENT
+            assert usage["REG"] * 32 * norm_kernels.WARPS * resident <= 65536
+        if name != "limits":
+            # 16 bytes a load, on its way to shared memory while the tiles before it are worked on.
+            assert set(re.findall(r"cp\.async\.\S*\.shared\.global [^;]*\], (\w+)", ptx)) == {"0x10"}
+        if name == "apply":
+            assert "st.global.v4.b32" in ptx
+        if name == "quantize":
+            assert "cvt.rn.satfinite.e4m3x2.f32" in ptx and re.search(r"st\.global\.v[24]\.b32", ptx)
 
 
 def test_a_stride_reads_whole_blocks_of_channels_only() -> None:
