@@ -9,6 +9,7 @@ from diffusers import Transformer2DModel
 from diffusers.models.resnet import ResnetBlock2D
 
 from diffusion_fast import operators
+from diffusion_fast.eight_bits import ImagewiseConvolution
 
 if torch.version.cuda is not None:
     import diffusion_fast.norm_kernels  # noqa: F401 - CUDA tensors go to them from here on
@@ -36,6 +37,15 @@ class ImageGroupNorm(torch.nn.Module):
         made: torch.Tensor = operators.group_norm_nhwc(x, *given)
         return made
 
+    def convolved(self, convolution: Any, x: torch.Tensor, embedding: torch.Tensor | None = None) -> torch.Tensor:
+        """What a convolution makes of the norm's result, which for one in eight bits is written in them at once."""
+        if not isinstance(convolution, ImagewiseConvolution):
+            made: torch.Tensor = convolution(self(x, embedding))
+            return made
+        given = self.groups, self.weight, self.bias, self.eps, self.silu, convolution.number_format
+        q, scale = operators.group_norm_quantize_nhwc(x, *given, self.x_bias, embedding)
+        return convolution.convolve(q, scale, x.dtype)
+
 
 class NormedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]  # diffusers has no types
     """A residual block whose two norms are ImageGroupNorm with SiLU; the second adds what the block does before it.
@@ -46,12 +56,13 @@ class NormedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]  # diffusers has
 
     @staticmethod
     def plain(block: torch.nn.Module) -> bool:
-        """Whether the block activates what it has just normalized, by SiLU, and samples neither up nor down."""
+        """Whether the block activates what it has just normalized, by SiLU, and neither drops nor samples."""
         return (
             type(block) is ResnetBlock2D
             and block.time_embedding_norm != "scale_shift"  # which lies between the second norm and its activation
             and isinstance(block.nonlinearity, torch.nn.SiLU)
             and block.upsample is block.downsample is None
+            and block.dropout.p == 0
             and can_be_replaced(block.norm1)
             and can_be_replaced(block.norm2)
         )
@@ -67,13 +78,13 @@ class NormedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]  # diffusers has
 
     def forward(self, input_tensor: torch.Tensor, temb: torch.Tensor | None, *args: Any, **kwargs: Any) -> torch.Tensor:
         """input_tensor: (images, channels, height, width); temb: the time embedding (images, features), or None."""
-        hidden_states = self.conv1(self.norm1(input_tensor))
+        hidden_states = self.norm1.convolved(self.conv1, input_tensor)
         embedding = None
         if self.time_emb_proj is not None:
             embedding = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))
         elif temb is not None and self.time_embedding_norm == "default":
             hidden_states = hidden_states + temb
-        hidden_states = self.conv2(self.dropout(self.norm2(hidden_states, embedding)))
+        hidden_states = self.norm2.convolved(self.conv2, hidden_states, embedding)
         if self.conv_shortcut is not None:
             input_tensor = self.conv_shortcut(input_tensor)
         made: torch.Tensor = (input_tensor + hidden_states) / self.output_scale_factor

@@ -94,7 +94,7 @@ def test_imports_go_one_way() -> None:
     order = [
         f"diffusion_fast.{name}"
         for name in (
-            "spec world models recipes inductor graphs operators kernels norm_kernels norms eight_bits "
+            "spec world models recipes inductor graphs operators kernels norm_kernels eight_bits norms "
             "optimizations.registry optimizations.numbers optimizations.layers optimizations.quantization "
             "optimizations.compilation optimizations.approximation optimizations plan spool rows fidelity measure "
             "watch environment draw judge accuracy outliers pipeline onestep roofline profile worker sensitivity "

@@ -46,6 +46,7 @@ def images(*shape: int) -> torch.Tensor:
         ({"temb_channels": None, "time_embedding_norm": "group"}, 2),  # as the VAE's decoder has them
         ({"time_embedding_norm": "scale_shift"}, 0),
         ({"non_linearity": "gelu"}, 0),
+        ({"dropout": 0.5}, 0),
         ({"up": True}, 0),
         ({"down": True}, 0),
     ],
@@ -124,13 +125,20 @@ def test_blocks_are_compiled_as_before_and_norms_need_no_compiler(by_eager: None
     torch._dynamo.utils.counters.clear()
 
 
-def test_eight_bit_convolutions_follow_as_before() -> None:
+def test_eight_bit_convolutions_are_given_what_the_norm_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     made, _ = build("bf16", "channels_last", "group_norm_kernels")
     before = torch.tensor(list(call(made)[0].tobytes()))
     assert eight_bits.quantize_convolutions(made.pipe.unet, torch.float8_e4m3fn) > 20
     first = next(module for module in made.pipe.unet.modules() if isinstance(module, norms.NormedResnetBlock2D))
     assert isinstance(first.conv1, eight_bits.ImagewiseConvolution)
     assert first.conv1.bias is None and first.norm2.x_bias is not None
+    image, temb = images(2, first.in_channels, 8, 8).bfloat16(), torch.randn(2, first.time_emb_proj.in_features)
+    fused = first(image, temb.bfloat16())
+    monkeypatch.setattr(norms, "ImagewiseConvolution", ())  # so that none is known for what it is: two steps then
+    apart = first(image, temb.bfloat16())
+    monkeypatch.undo()
+    assert not torch.equal(fused, apart)  # in two steps the norm's result is rounded to bf16 in between
+    assert (fused - apart).double().norm() < 0.02 * apart.double().norm()
     after = torch.tensor(list(call(made)[0].tobytes()))
     assert (before - after).abs().double().mean() < 8
 
