@@ -110,7 +110,11 @@ class ImagewiseConvolution(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: (images, in_channels, height, width). Returns (images, out_channels, ...) in its dtype, channels last."""
         q, scale = operators.quantize_image(x, self.number_format)
-        given = scale, self.weight_scale, self.bias, None, self.stride, self.padding, x.dtype
+        return self.convolve(q, scale, x.dtype)
+
+    def convolve(self, q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Images that are quantized already: q (images, in_channels, height, width), scale (images,)."""
+        given = scale, self.weight_scale, self.bias, None, self.stride, self.padding, dtype
         made: torch.Tensor = operators.convolution_nhwc(q, self.weight, *given)
         return made
 

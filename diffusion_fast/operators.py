@@ -1,11 +1,13 @@
-"""Operations on numbers of eight bits, and linears that end in GEGLU: what they mean, and what runs on a CPU.
+"""Operations that have kernels of our own, in plain PyTorch: what they mean, and what runs on a CPU.
+
+Most are on numbers of eight bits; linears that end in GEGLU and the group norm at the end are in 16 or 32, too.
 
 Rows (of a linear layer's input) get a scale each, images (of a convolution's input) one each, both computed at run
 time: q = round(x / scale), with scale = max|x| / the format's largest number. A product of such numbers is scaled back
 where it is accumulated, before anything is written.
 
 Each is a custom operator of torch, `diffusion_fast::NAME`, so that torch.compile takes it into a graph as it stands.
-kernels.py has Triton kernels for CUDA.
+kernels.py and norm_kernels.py have Triton kernels for CUDA.
 
 Rounding is to nearest, ties to even. In fp8 a NaN stays NaN, and infinity makes its whole row NaN. int8 has no such
 number: a NaN becomes some integer.
@@ -353,3 +355,130 @@ def _(
 ) -> torch.Tensor:
     shape = convolved_shape(x, w, stride, padding)
     return torch.empty(shape, dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def check_group_norm(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    x_bias: torch.Tensor | None,
+    embedding: torch.Tensor | None,
+) -> None:
+    if x.ndim != 4 or groups < 1 or x.shape[1] % groups:
+        raise ValueError(f"a group norm of {tuple(x.shape)}: it takes images whose channels {groups} groups divide")
+    images, channels = x.shape[:2]
+    for name, given in (("weight", weight), ("bias", bias), ("x_bias", x_bias)):
+        if given is not None:
+            check_length(f"the group norm's {name}", given, channels)
+    if embedding is not None and embedding.shape != (images, channels):
+        raise ValueError(f"an embedding of {tuple(embedding.shape)}: {(images, channels)} is needed")
+
+
+@torch.library.custom_op("diffusion_fast::group_norm_nhwc", mutates_args=(), device_types="cpu")
+def group_norm_nhwc(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    silu: bool,
+    x_bias: torch.Tensor | None = None,
+    embedding: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Group norm of x + x_bias + embedding, then SiLU where `silu`: (images, channels, height, width) → the same shape.
+
+    x is bf16, fp16 or fp32 and best in torch.channels_last, which the result of x's dtype always is (else x is copied
+    first). weight and bias are (channels,). x_bias (channels,) is the bias of the convolution that made x, embedding
+    (images, channels) what a residual block adds to its image for the time step: neither costs a pass of its own here.
+    Everything is fp32 until it is written. ValueError where the groups don't divide the channels or a length is wrong.
+    Wu and He 2018, https://arxiv.org/abs/1803.08494
+    """
+    check_group_norm(x, groups, weight, bias, x_bias, embedding)
+    made = normed(x, groups, weight, bias, eps, x_bias, embedding)
+    return empty_like_images(x).copy_(F.silu(made) if silu else made)
+
+
+def normed(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    x_bias: torch.Tensor | None,
+    embedding: torch.Tensor | None,
+) -> torch.Tensor:
+    wide = x.float().contiguous()  # in channels_last PyTorch subtracts squares on a CPU, where a large mean cancels
+    if x_bias is not None:
+        wide = wide + x_bias.float()[:, None, None]
+    if embedding is not None:
+        wide = wide + embedding.float()[:, :, None, None]
+    return F.group_norm(wide, groups, weight.float(), bias.float(), eps)
+
+
+def empty_like_images(x: torch.Tensor) -> torch.Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@group_norm_nhwc.register_fake
+def _(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    silu: bool,
+    x_bias: torch.Tensor | None = None,
+    embedding: torch.Tensor | None = None,
+) -> torch.Tensor:
+    check_group_norm(x, groups, weight, bias, x_bias, embedding)
+    return empty_like_images(x)
+
+
+SILU_LEAST_AT, SILU_LEAST = -1.2784645, -0.27846455  # where SiLU is least, and what it is there
+
+
+@torch.library.custom_op("diffusion_fast::group_norm_quantize_nhwc", mutates_args=(), device_types="cpu")
+def group_norm_quantize_nhwc(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    silu: bool,
+    dtype: torch.dtype,
+    x_bias: torch.Tensor | None = None,
+    embedding: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`group_norm_nhwc`, each image quantized by a scale of its own: → q of x's shape, scale (images,) in fp32.
+
+    As `quantize_image` has them, but nothing is rounded to x's dtype in between; and where SiLU was given a number
+    below that where it is least, the scale is that of 0.278 at least, though no number may come as close to that.
+    """
+    check_group_norm(x, groups, weight, bias, x_bias, embedding)
+    made = normed(x, groups, weight, bias, eps, x_bias, embedding)
+    least = made.amin((1, 2, 3), keepdim=True)
+    if silu:
+        made = F.silu(made)
+    amax = made.abs().amax((1, 2, 3), keepdim=True)
+    if silu:
+        amax = torch.where(least < SILU_LEAST_AT, amax.clamp(min=-SILU_LEAST), amax)
+    made, scale = quantized(made, amax, dtype)
+    q, _ = empty_images(x, dtype)
+    return q.copy_(made), scale.flatten()
+
+
+@group_norm_quantize_nhwc.register_fake
+def _(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    eps: float,
+    silu: bool,
+    dtype: torch.dtype,
+    x_bias: torch.Tensor | None = None,
+    embedding: torch.Tensor | None = None,
+) -> Quantized:
+    check_group_norm(x, groups, weight, bias, x_bias, embedding)
+    return empty_images(x, dtype)

@@ -34,7 +34,8 @@ GRAPH = REGIONAL.plus("graph", "cuda_graph")
 HOST = GRAPH.plus("postprocessing", "device_postprocessing")
 CUDNN = HOST.plus("cudnn", "cudnn_benchmark")  # gained nothing on an H100, so the next ones do without
 LAYOUT = HOST.plus("layout", "no_layout_copies")
-ATTENTION = LAYOUT.plus("attention", "attention_backend")
+NORMS = LAYOUT.plus("norms", "group_norm_kernels")
+ATTENTION = NORMS.plus("attention", "attention_backend")
 PERSISTENT = ATTENTION.plus("persistent", "persistent_reductions")
 GEGLU = PERSISTENT.plus("geglu", "fused_geglu")
 LOSSLESS = GEGLU.plus("prompt", "prompt_projections")
@@ -54,8 +55,8 @@ LADDERS: dict[str, tuple[Recipe, ...]] = {
     "progressive": PROGRESSIVE,
     "progressive-modes": (*PROGRESSIVE, *DEFAULT_MODE),
     "fast": (
-        *(BASELINE, DEFAULT_MODE[-1], REGIONAL, GRAPH, HOST, CUDNN, LAYOUT, ATTENTION, PERSISTENT, GEGLU, LOSSLESS),
-        *(INT8, FP8, FP8_CONVOLUTIONS),
+        *(BASELINE, DEFAULT_MODE[-1], REGIONAL, GRAPH, HOST, CUDNN, LAYOUT, NORMS, ATTENTION, PERSISTENT, GEGLU),
+        *(LOSSLESS, INT8, FP8, FP8_CONVOLUTIONS),
     ),
     "turbo": (
         PLAIN,

@@ -1,4 +1,4 @@
-"""On a GPU: what each kernel of diffusion_fast/kernels.py takes at SDXL's shapes, beside what PyTorch has for it.
+"""On a GPU: what each kernel of diffusion_fast takes at SDXL's shapes, beside what PyTorch has for it.
 
     python3 -u scripts/bench_kernels.py --json kernels.json
     python3 -u scripts/bench_kernels.py --only geglu,convolution --seconds 60
@@ -27,10 +27,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 import triton
 
-from diffusion_fast import kernels, operators
+from diffusion_fast import kernels, norm_kernels, operators
 
 FP8, INT8, BF16 = torch.float8_e4m3fn, torch.int8, torch.bfloat16
-NAMES = {FP8: "fp8", INT8: "int8", BF16: "bf16"}
+NAMES = {FP8: "fp8", INT8: "int8", BF16: "bf16", torch.float32: "fp32"}
 REPEATS = 50
 CACHE_BYTES = 150e6  # three times an H100's second-level cache
 MOST_COPIES = 16
@@ -93,6 +93,10 @@ def norm_alone(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> obj
 
 def image_by_torch(x: torch.Tensor) -> object:
     return by_torch(x, (1, 2, 3), FP8)
+
+
+def group_norm_by_torch(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> object:
+    return F.silu(F.group_norm(x, 32, weight, bias, 1e-5)).contiguous(memory_format=torch.channels_last)
 
 
 def compiled(function: Callable[..., object], check: bool) -> Callable[..., object]:
@@ -226,6 +230,47 @@ def image_cases(device: str, check: bool) -> Iterator[Case]:
 
         size = torch.Size(shape).numel()
         yield Case("quantize_image", "×".join(map(str, shape)), 5 * size, 0, make)  # read twice, written once
+
+
+NORMED = (  # SDXL's UNet under guidance, then its VAE's decoder, at 1024²
+    (2, 320, 128, 128),
+    (2, 640, 128, 128),
+    (2, 960, 128, 128),
+    (2, 640, 64, 64),
+    (2, 1280, 64, 64),
+    (2, 1920, 64, 64),
+    (2, 1280, 32, 32),
+    (2, 2560, 32, 32),
+    (1, 512, 128, 128),
+    (1, 512, 256, 256),
+    (1, 256, 512, 512),
+    (1, 128, 1024, 1024),
+    (1, 256, 1024, 1024),
+)
+
+
+def group_norm_cases(device: str, check: bool) -> Iterator[Case]:
+    for shape in NORMED if not check else ((2, 64, 9, 5),):
+        norm = compiled(group_norm_by_torch, check)
+
+        def make(shape: tuple[int, ...] = shape, norm: Any = norm) -> dict[str, Call]:
+            x = images(*shape, device=device)
+            weight, bias = normal(2, shape[1], device=device)
+            return {
+                "ours": lambda: norm_kernels.launch_group_norm_nhwc(x, 32, weight, bias, 1e-5, True),
+                "ours, without SiLU": lambda: norm_kernels.launch_group_norm_nhwc(x, 32, weight, bias, 1e-5, False),
+                "inductor": lambda: norm(x, weight, bias),
+                "eager": lambda: group_norm_by_torch(x, weight, bias),
+                "ours, to fp8": lambda: norm_kernels.launch_group_norm_quantize_nhwc(
+                    x, 32, weight, bias, 1e-5, True, FP8
+                ),
+                "ours, then to fp8": lambda: kernels.launch_quantize_image(
+                    norm_kernels.launch_group_norm_nhwc(x, 32, weight, bias, 1e-5, True), FP8
+                ),
+            }
+
+        size = torch.Size(shape).numel()
+        yield Case("group_norm", "×".join(map(str, shape)), 6 * size, 0, make)  # read twice, written once
 
 
 def convolution_cases(device: str, check: bool) -> Iterator[Case]:
@@ -386,6 +431,25 @@ def agreements(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
         kind = "persistent" if tile["PERSISTENT"] else f"{config.num_stages} stages"
         yield f"linear_geglu, {tile['FIRST']}×{tile['SECOND']}, {kind}", agree_by
 
+    for channels, side in ((320, 37), (1280, 12), (256, 130)):
+        x, (weight, bias, x_bias) = torch.randn(2, channels, side, side), torch.randn(3, channels)
+        x = x * torch.logspace(-1, 1, channels)[:, None, None] + 3
+        for dtype in (BF16, torch.float32):
+            norm: tuple[Any, ...] = (x.to(dtype), 32, weight, bias, 1e-5, True, x_bias, torch.randn(2, channels))
+
+            def normed(given: tuple[Any, ...] = norm) -> str:
+                return compare(norm_kernels.launch_group_norm_nhwc(*moved(given)), operators.group_norm_nhwc(*given))
+
+            yield f"group_norm, {channels}, {NAMES[dtype]}", normed
+        for dtype in (FP8, INT8):
+            norm = (x.to(BF16), 32, weight, bias, 1e-5, True, dtype)
+
+            def quantized(given: tuple[Any, ...] = norm) -> str:
+                made = norm_kernels.launch_group_norm_quantize_nhwc(*moved(given))
+                return compare(made, operators.group_norm_quantize_nhwc(*given))
+
+            yield f"group_norm, {channels}, to {NAMES[dtype]}", quantized
+
 
 def lost(device: str) -> bool:
     """Whether a kernel went so wrong (an address that isn't there) that every later call would fail, too."""
@@ -447,7 +511,7 @@ def main() -> None:
 
     columns = f"{'kernel':26}{'shape':20}{'by':28}{'µs':>9}{'GB/s':>8}{'TFLOP/s':>9}{'ratio':>7}"
     print(f"\n{columns}   after {time.monotonic() - start:.0f} s")
-    families = (row_cases, matmul_cases, geglu_cases, convolution_cases, image_cases)
+    families = (row_cases, matmul_cases, geglu_cases, convolution_cases, image_cases, group_norm_cases)
     for case in itertools.chain.from_iterable(family(device, options.check) for family in families):
         if skipped(case.name):
             continue

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 import diffusion_fast
 
 PACKAGE = Path(diffusion_fast.__file__).parent
@@ -73,8 +75,9 @@ def named(path: Path) -> str:
 MODULES = {named(path): path for path in PACKAGE.rglob("*.py")}
 
 
-def test_without_triton_the_kernels_say_what_they_need() -> None:
-    statement = "import sys; sys.modules['triton'] = None; import diffusion_fast.kernels"
+@pytest.mark.parametrize("name", ("kernels", "norm_kernels"))
+def test_without_triton_the_kernels_say_what_they_need(name: str) -> None:
+    statement = f"import sys; sys.modules['triton'] = None; import diffusion_fast.{name}"
     done = subprocess.run((sys.executable, "-c", statement), capture_output=True, text=True)
     assert done.stderr.splitlines()[-1].startswith("ImportError: diffusion_fast.kernels needs Triton 3.6 or later")
 
@@ -91,12 +94,11 @@ def test_imports_go_one_way() -> None:
     order = [
         f"diffusion_fast.{name}"
         for name in (
-            "spec world models recipes inductor graphs operators kernels gated eight_bits projections "
-            "optimizations.registry optimizations.numbers optimizations.layers optimizations.quantization "
-            "optimizations.compilation "
-            "optimizations.approximation optimizations plan spool rows fidelity measure watch environment draw "
-            "judge accuracy outliers pipeline onestep roofline profile worker sensitivity launch saved_cache ladder "
-            "stats check control sweep report view tracking console cli __main__"
+            "spec world models recipes inductor graphs operators kernels norm_kernels gated eight_bits norms "
+            "projections optimizations.registry optimizations.numbers optimizations.layers optimizations.quantization "
+            "optimizations.compilation optimizations.approximation optimizations plan spool rows fidelity measure "
+            "watch environment draw judge accuracy outliers pipeline onestep roofline profile worker sensitivity "
+            "launch saved_cache ladder stats check control sweep report view tracking console cli __main__"
         ).split()
     ]
     assert {*order, "diffusion_fast"} == set(MODULES)

@@ -192,7 +192,7 @@ def test_nothing_that_is_captured_of_sdxl_needs_the_host() -> None:
     spec = replace(planned(model="sdxl", weights="random").rungs[0], device="meta")  # type: ignore[arg-type]
     made = Build(MODELS["sdxl"], spec)
     made.pipe = _from_configs(made)
-    for name in ("sdpa", "channels_last", "no_layout_copies", "fused_qkv", "feature_forecast"):
+    for name in ("sdpa", "channels_last", "no_layout_copies", "fused_qkv", "group_norm_kernels", "feature_forecast"):
         OPTIMIZATIONS[name].apply(made)
 
     def tensor(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:

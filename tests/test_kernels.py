@@ -21,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         "not in this process: test_kernels_hopper.py runs these with TRITON_INTERPRET=1", allow_module_level=True
     )
 
-from diffusion_fast import kernels, operators
+from diffusion_fast import kernels, norm_kernels, operators
 from tests import interpreter
 
 interpreter.mend()
@@ -419,6 +419,133 @@ def test_convolutions_that_cant_be_are_refused() -> None:
         convolve(x.repeat(1, 4, 1, 1), w.repeat(1, 4, 1, 1), 2)
 
 
+NORMS = (  # images, channels, height, width, groups
+    (1, 2, 1, 1, 1),
+    (2, 32, 5, 7, 32),
+    (2, 12, 9, 11, 3),  # no multiple of eight channels
+    (3, 64, 13, 10, 8),
+    (2, 320, 11, 12, 32),  # 10 channels a group, and so on to 80, as in SDXL; rows that no tile divides
+    (1, 640, 7, 9, 32),
+    (2, 960, 6, 7, 32),
+    (1, 1280, 8, 5, 32),
+    (2, 1920, 5, 5, 32),
+    (1, 2560, 7, 5, 32),
+    (1, 128, 40, 41, 32),
+    (1, 72, 3, 3, 1),
+)
+
+
+def assert_normed(
+    made: torch.Tensor, x: torch.Tensor, given: torch.Tensor, groups: int, silu: bool, *affine: torch.Tensor
+) -> None:
+    """That `made` is the group norm of `given` (float64: x and what is added to it), as closely as fp32 knows x."""
+    exact = torch.nn.functional.group_norm(given, groups, *(each.double() for each in affine), 1e-5)
+    exact = torch.nn.functional.silu(exact) if silu else exact
+    # A number, its mean and the shift are rounded to fp32 where they are as large as x, and divided by what x varies.
+    grouped = given.unflatten(1, (groups, -1)).flatten(2)
+    size = grouped.abs().amax(-1) / (grouped.var(-1, correction=0) + 1e-5).sqrt() + 1
+    size = size.repeat_interleave(x.shape[1] // groups, 1)[:, :, None, None]
+    weight, bias = (each.double().abs()[:, None, None] for each in affine)
+    unit = torch.finfo(x.dtype).eps / 2 if x.dtype != torch.float32 else 0.0
+    allowed = (size * weight + bias + exact.abs()) * 2.0**-21 + exact.abs() * unit * 1.01 + 1e-7
+    assert made.dtype == x.dtype and made.shape == x.shape
+    assert made.is_contiguous(memory_format=torch.channels_last)
+    assert ((made.double() - exact).abs() <= allowed).all()
+
+
+@FLOATS
+@pytest.mark.parametrize("shape", NORMS, ids=str)
+def test_group_norms_are_exact_to_rounding(shape: tuple[int, ...], of: torch.dtype) -> None:
+    images, channels, height, width, groups = shape
+    x = torch.randn(images, channels, height, width, generator=seeded(sum(shape)))
+    x = (x * torch.logspace(-1, 1, channels)[:, None, None] + torch.linspace(-2, 5, images)[:, None, None, None]).to(of)
+    weight, bias, x_bias = torch.randn(3, channels, generator=seeded(channels)).to(of)
+    embedding = torch.randn(images, channels, generator=seeded(1)).to(of)
+    for silu, added in ((False, (None, None)), (True, (x_bias, None)), (True, (x_bias, embedding))):
+        wide = x.double()
+        for each in added:
+            wide = wide if each is None else wide + each.double()[..., None, None]
+        given = operators.channels_last(x) if silu else x
+        for operation in (norm_kernels.launch_group_norm_nhwc, operators.group_norm_nhwc):
+            made = operation(given, groups, weight, bias, 1e-5, silu, *added)
+            assert_normed(made, x, wide, groups, silu, weight, bias)
+
+
+@DTYPES
+@pytest.mark.parametrize("size", (0.05, 1.0))  # of the weights: with the small ones 0.278 is what is reached
+@pytest.mark.parametrize("silu", (False, True))
+@pytest.mark.parametrize("shape", (NORMS[2], NORMS[4], NORMS[10]), ids=str)
+def test_group_norms_are_quantized_to_the_nearest(
+    shape: tuple[int, ...], silu: bool, size: float, dtype: torch.dtype
+) -> None:
+    images, channels, height, width, groups = shape
+    x = operators.channels_last(torch.randn(images, channels, height, width, generator=seeded(sum(shape)))).bfloat16()
+    weight, bias, x_bias = torch.randn(3, channels, generator=seeded(channels)) * size
+    bias -= 1.5 * (size < 1)
+    embedding = torch.randn(images, channels, generator=seeded(1))
+    wide = (x.double() + x_bias.double()[:, None, None] + embedding.double()[:, :, None, None]).contiguous()
+    exact = torch.nn.functional.group_norm(wide, groups, weight.double(), bias.double(), 1e-5)
+    least = exact.amin((1, 2, 3))
+    exact = torch.nn.functional.silu(exact) if silu else exact
+    for operation in (norm_kernels.launch_group_norm_quantize_nhwc, operators.group_norm_quantize_nhwc):
+        q, scale = operation(x, groups, weight, bias, 1e-5, silu, dtype, x_bias, embedding)
+        assert q.shape == x.shape and q.dtype == dtype and q.is_contiguous(memory_format=torch.channels_last)
+        amax = exact.abs().amax((1, 2, 3))
+        if silu:
+            amax = torch.where(least < operators.SILU_LEAST_AT, amax.clamp(min=-operators.SILU_LEAST), amax)
+        torch.testing.assert_close(scale.double(), amax / operators.LARGEST[dtype], rtol=1e-5, atol=0)
+        scaled = exact / scale.double()[:, None, None, None]
+        off = (q.double() - scaled).abs()
+        assert (off <= half_unit(scaled, dtype) * 1.001 + operators.LARGEST[dtype] * 1e-5).all()
+
+
+@pytest.mark.parametrize("multiprocessors", (1, 40))  # few parts of many tiles, or many of one
+@pytest.mark.parametrize("mean", (0.0, 100.0, -1e4))
+def test_a_large_mean_doesnt_cancel(mean: float, multiprocessors: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(norm_kernels, "_multiprocessors", lambda device: multiprocessors)
+    weight, bias = torch.ones(64), torch.zeros(64)
+    x = operators.channels_last(torch.randn(2, 64, 61, 43, generator=seeded(0)) + mean)
+    made = norm_kernels.launch_group_norm_nhwc(x, 8, weight, bias, 1e-5, False)
+    assert_normed(made, x, x.double(), 8, False, weight, bias)
+    # The worst case: all else is taken relative to where a part begins. 2**-11 is half of a unit in fp16's last place.
+    x[0, :32, 0, 0] = mean + 300
+    made = norm_kernels.launch_group_norm_nhwc(x, 8, weight, bias, 1e-5, False)
+    exact = torch.nn.functional.group_norm(x.double(), 8, eps=1e-5)
+    assert ((made - exact).abs() <= exact.abs() * 2.0**-11 + abs(mean) * 2.0**-21 + 2.0**-12).all()
+
+
+def test_an_image_of_one_number_is_its_bias() -> None:
+    x = operators.channels_last(torch.full((1, 64, 9, 9), 3.7))
+    made = norm_kernels.launch_group_norm_nhwc(x, 8, torch.ones(64), torch.full((64,), 0.5), 1e-5, False)
+    assert ((made - 0.5).abs() <= 1e-3).all()  # fp32's rounding of 3.7, over the root of 1e-5
+    assert norm_kernels.launch_group_norm_nhwc(x[:0], 8, torch.ones(64), torch.ones(64), 1e-5, True).shape[0] == 0
+
+
+def test_spans_are_whole_groups_and_fill_their_lanes() -> None:
+    for channels in (128, 256, 320, 512, 640, 960, 1280, 1920, 2560):
+        made = norm_kernels.spans(channels, 32)
+        assert made.width == made.groups * channels // 32 and made.width % 8 == 0 and made.width <= made.block
+        assert made.count * made.width >= channels > (made.count - 1) * made.width
+        assert channels / (made.count * made.block) > 0.8
+        for images, pixels in ((1, 1024 * 1024), (2, 1024), (64, 16384)):
+            count, part, rows = norm_kernels.parts(images, pixels, made, programs=396)
+            assert part % rows == 0 and count * part >= pixels > (count - 1) * part
+            assert count == 1 or images * made.count * count <= 396  # one wave
+
+
+def test_group_norms_that_cant_be_are_refused() -> None:
+    x, one, embedding = torch.ones(2, 6, 3, 3), torch.ones(6), torch.ones(1, 6)
+    for norm in (operators.group_norm_nhwc, norm_kernels.launch_group_norm_nhwc):
+        with pytest.raises(ValueError, match="whose channels 4 groups divide"):
+            norm(x, 4, one, one, 1e-5, False)
+        with pytest.raises(ValueError, match="whose channels 3 groups divide"):
+            norm(x[0], 3, one, one, 1e-5, False)
+        with pytest.raises(ValueError, match="norm's x_bias has 5 numbers: 6"):
+            norm(x, 3, one, one, 1e-5, False, one[:5])
+        with pytest.raises(ValueError, match=r"an embedding of \(1, 6\): \(2, 6\) is needed"):
+            norm(x, 3, one, one, 1e-5, False, None, embedding)
+
+
 def operations(dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
     x = torch.randn(2, 3, 16, generator=seeded(0))
     q, scale_q = operators.quantize_rows(x, dtype)
@@ -442,6 +569,8 @@ def operations(dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
         (operators.quantize_rows, (x, dtype)),
         (operators.geglu_quantize_rows, (x, dtype)),
         (operators.layer_norm_quantize_rows, (x, torch.ones(16), torch.zeros(16), 1e-5, dtype)),
+        (operators.group_norm_nhwc, (image, 4, torch.ones(16), torch.zeros(16), 1e-5, True, None, image[:, :, 0, 0])),
+        (operators.group_norm_quantize_nhwc, (image, 4, torch.ones(16), torch.zeros(16), 1e-5, True, dtype)),
     ]
 
 

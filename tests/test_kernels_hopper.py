@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton isn't installed: the kernels are for GPUs, and for Linux")
+triton = pytest.importorskip("triton", reason="Triton isn't installed: the kernels are for GPUs, and for Linux")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing: run without TRITON_INTERPRET")
 
-from diffusion_fast import kernels, operators  # noqa: E402
+from diffusion_fast import kernels, norm_kernels, operators  # noqa: E402
 
 HERE = Path(__file__).parent
 
@@ -35,8 +35,10 @@ def test_the_interpreter_agrees_with_float64() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def compiled(kernel: Any, types: dict[str, str], folder: Path, **constants: Any) -> tuple[str, dict[str, int]]:
-    """A kernel's PTX and what its machine code takes. Pointers and integers are multiples of 16, as SDXL's are."""
+def compiled(
+    kernel: Any, types: dict[str, str], folder: Path, plain: tuple[str, ...] = (), **constants: Any
+) -> tuple[str, dict[str, int]]:
+    """A kernel's PTX and what its machine code takes. Pointers and integers, but the `plain`, are multiples of 16."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -50,7 +52,7 @@ def compiled(kernel: Any, types: dict[str, str], folder: Path, **constants: Any)
         attrs={
             (names.index(name),): [["tt.divisibility", 16]]
             for name in names
-            if name not in constants and (types[name].startswith("*") or types[name] == "i32")
+            if name not in (*constants, *plain) and (types[name].startswith("*") or types[name] == "i32")
         },
     )
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -159,6 +161,50 @@ def assert_on_tensor_cores(ptx: str, usage: dict[str, int]) -> None:
     )  # both operands in shared memory, none in registers
     assert usage["STACK"] == usage["LOCAL"] == 0
     assert usage["SHARED"] <= 227 * 1024
+
+
+NORMED = (320, 640, 960, 1280, 1920, 2560, 128, 256, 512)  # channels of SDXL's UNet and VAE, 32 groups
+
+
+@pytest.mark.parametrize("x", ("bf16", "fp32"))
+@pytest.mark.parametrize("channels", NORMED)
+def test_group_norms_stay_in_registers(channels: int, x: str, tmp_path: Path) -> None:
+    shape = norm_kernels.spans(channels, 32)
+    count, _, rows = norm_kernels.parts(
+        1, 1024 * 1024, shape, programs=132 * norm_kernels.RESIDENT
+    )  # the most there are
+    pointers = ("x_ptr", "x_bias_ptr", "embedding_ptr", "weight_ptr", "bias_ptr", "out_ptr")
+    types = dict.fromkeys(pointers, f"*{x}") | dict.fromkeys(("PIXELS", "PART", "PARTS_THERE"), "i32") | {"eps": "fp32"}
+    types |= dict.fromkeys(("statistics_ptr", "limits_ptr", "affine_ptr", "amax_ptr", "scale_ptr"), "*fp32")
+    types |= {"q_ptr": "*fp8e4nv"}
+    constants: dict[str, Any] = {
+        "CHANNELS": channels, "WIDTH": shape.width, "PER_GROUP": channels // 32, "BLOCK": shape.block, "ROWS": rows,
+        "GROUPS": triton.next_power_of_2(shape.groups), "STAGES": norm_kernels.STAGES, "BIASED": True, "EMBEDDED": True,
+        "PARTS": triton.next_power_of_2(count), "SPANS": triton.next_power_of_2(shape.count), "SILU": True,
+        "TOGETHER": 16, "LARGEST": 448.0, "SMALLEST": operators.SMALLEST_SCALE,
+    }  # fmt: skip
+    for name, more in (
+        ("statistics", {"LIMITED": False}),
+        ("statistics", {"LIMITED": True}),
+        ("limits", {}),
+        ("apply", {}),
+        ("quantize", {}),
+    ):
+        kernel = getattr(norm_kernels, f"_group_norm_{name}_kernel")
+        given = {each: value for each, value in (constants | more).items() if each in kernel.arg_names}
+        plain = ("PIXELS", "PART", "PARTS_THERE")
+        ptx, usage = compiled(kernel, types, tmp_path, plain=plain, num_warps=norm_kernels.WARPS, **given)
+        assert usage["STACK"] == usage["LOCAL"] == 0
+        if x == "bf16" and name != "limits":
+            resident = norm_kernels.RESIDENT_LIMITED if more.get("LIMITED") else norm_kernels.RESIDENT
+            assert usage["REG"] * 32 * norm_kernels.WARPS * resident <= 65536
+        if name != "limits":
+            # 16 bytes a load, on its way to shared memory while the tiles before it are worked on.
+            assert set(re.findall(r"cp\.async\.\S*\.shared\.global [^;]*\], (\w+)", ptx)) == {"0x10"}
+        if name == "apply":
+            assert "st.global.v4.b32" in ptx
+        if name == "quantize":
+            assert "cvt.rn.satfinite.e4m3x2.f32" in ptx and re.search(r"st\.global\.v[24]\.b32", ptx)
 
 
 def test_a_stride_reads_whole_blocks_of_channels_only() -> None:

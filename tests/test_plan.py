@@ -97,6 +97,7 @@ def test_a_rung_that_would_measure_nothing_new_is_left_out_and_said() -> None:
         "regional",
         "postprocessing",
         "layout",
+        "norms",
         "geglu",
         "prompt",
         "int8",

@@ -88,12 +88,13 @@ def regional_compile(build: Build) -> dict[str, Any]:
 
 
 MOST_GRAPHS = 32 * graphs.MOST  # SDXL has some 20 for each size and batch
+RESIDUAL = ("ResnetBlock2D", "NormedResnetBlock2D")
 EIGHT_BITS = ("RowwiseLinear", "ImagewiseConvolution")
 
 
 def _regions(denoiser: Any) -> list[Any]:
     """The blocks that a denoiser repeats, by diffusers' own account, its residual blocks and sampling layers."""
-    blocks = {*(denoiser._repeated_blocks or ()), "ResnetBlock2D", "Downsample2D", "Upsample2D"}
+    blocks = {*(denoiser._repeated_blocks or ()), *RESIDUAL, "Downsample2D", "Upsample2D"}
     found = [module for module in denoiser.modules() if type(module).__name__ in blocks]
     # An eight-bit layer is several kernels unless it is compiled, and some lie between the blocks.
     found += [module for module in _outside(denoiser, found) if type(module).__name__ in EIGHT_BITS]
