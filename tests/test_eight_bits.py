@@ -135,14 +135,13 @@ def test_convolutions_with_few_channels_groups_or_odd_strides_stay() -> None:
     assert not can(32, 32, 3, padding=1, padding_mode="circular")
 
 
-def test_convolutions_in_eight_bits_keep_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, applied = eight_bit("fp8_convolutions", monkeypatch, "channels_last")
+@pytest.mark.parametrize("name", ["fp8_convolutions", "int8_convolutions"])
+def test_convolutions_in_eight_bits_keep_the_picture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, applied = eight_bit(name, monkeypatch, "channels_last")
     left = [name for name, module in made.denoiser.named_modules() if isinstance(module, torch.nn.Conv2d)]
     assert {"conv_in", "conv_out"} <= set(left)
-    assert applied["fp8_convolutions"]["quantized_convolutions"] > 20
-    assert (
-        len(left) == applied["fp8_convolutions"]["convolutions"] - applied["fp8_convolutions"]["quantized_convolutions"]
-    )
+    assert applied[name]["quantized_convolutions"] > 20
+    assert len(left) == applied[name]["convolutions"] - applied[name]["quantized_convolutions"]
     exact = torch.tensor(list(call(build("bf16", "sdpa")[0])[0].tobytes())).float()
     found = torch.tensor(list(call(made)[0].tobytes())).float()
     assert 0 < (found - exact).norm() / exact.norm() < 0.1
