@@ -54,6 +54,38 @@ SDXL = Model(
     int8_excluded_shapes=SDXL_INT8_EXCLUDED,
 )
 
+SD15 = Model(
+    name="sd15",
+    summary="Stable Diffusion 1.5",
+    pipeline="StableDiffusionPipeline",
+    denoiser="unet",
+    height=512,
+    width=512,
+    steps=30,
+    guidance_scale=7.5,
+    scheduler="DPMSolverMultistepScheduler",  # as diffusion-fast has it
+    left_out=("safety_checker", "feature_extractor", "image_encoder"),
+    hub_id="stable-diffusion-v1-5/stable-diffusion-v1-5",
+    configs="sd-v1-5",
+    tiny_vae_hub_id="madebyollin/taesd",
+)
+
+PIXART_ALPHA = Model(
+    name="pixart-alpha",
+    summary="PixArt-α, a transformer with a T5 text encoder",
+    pipeline="PixArtAlphaPipeline",
+    denoiser="transformer",
+    height=1024,
+    width=1024,
+    steps=30,
+    guidance_scale=4.5,
+    least_steps=2,  # after a single one it takes what schedulers of distilled models give, and others don't
+    call_arguments=(("use_resolution_binning", False),),  # it would paint another size than was asked for, and resize
+    hub_id="PixArt-alpha/PixArt-XL-2-1024-MS",
+    configs="pixart-xl-2-1024-ms",
+    tiny_vae_hub_id="madebyollin/taesd",
+)
+
 MODELS = {
     model.name: model
     for model in (
@@ -75,6 +107,9 @@ MODELS = {
         replace(
             SDXL, name="sdxl-outliers", summary="SDXL with 1% of its transformers' channels scaled by 20", outliers=True
         ),
+        replace(SDXL, name="ssd-1b", summary="SSD-1B, SDXL's half", hub_id="segmind/SSD-1B", configs="ssd-1b"),
+        SD15,
+        PIXART_ALPHA,
     )
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,7 @@ def _paint(build: Build, prompts: str | list[str], images_per_prompt: int, gener
         num_images_per_prompt=images_per_prompt,
         generator=generator,
         latents=noise.to(build.pipe.device, build.denoiser.dtype),
+        **dict(build.model.call_arguments),
         **build.call_arguments,
     ).images
     return images
@@ -123,8 +125,11 @@ def _load(build: Build) -> Any:
             "pretrained": build.model.hub_id,
         }.get(build.spec.weights, build.spec.weights)
         verify(Path(source), required=build.spec.weights == "embedded")
+        parts |= dict.fromkeys(build.model.left_out)
         pipe = pipeline_class.from_pretrained(source, dtype=dtype, use_safetensors=True, **parts)
         pipe.to(build.spec.device)
+    if build.model.scheduler:
+        pipe.scheduler = getattr(diffusers, build.model.scheduler).from_config(pipe.scheduler.config)
     if build.model.outliers and build.spec.weights != "random":
         outliers.put_in(getattr(pipe, build.model.denoiser))
     pipe.set_progress_bar_config(disable=True)
@@ -138,39 +143,46 @@ def _from_configs(build: Build) -> Any:
     """
     import diffusers
     import torch
-    import transformers
 
-    def config(name: str) -> dict[str, Any]:
-        data: dict[str, Any] = json.loads((PACKAGE / "configs" / build.model.configs / f"{name}.json").read_text())
-        return data
-
-    def text_encoder(name: str) -> Any:
-        data = config(name)
-        return getattr(transformers, data["architectures"][0])(transformers.CLIPTextConfig(**data))
-
-    vae = build.model.fp16_vae_config if build.fp16_vae else "vae"
-    makers: dict[str, Callable[[], Any]] = {
-        "unet": lambda: diffusers.UNet2DConditionModel.from_config(config("unet")),
-        "vae": lambda: diffusers.AutoencoderKL.from_config(config(vae)),
-        "text_encoder": lambda: text_encoder("text_encoder"),
-        "text_encoder_2": lambda: text_encoder("text_encoder_2"),
-    }
+    pipeline_class = getattr(diffusers, build.model.pipeline)
+    folder = PACKAGE / "configs" / build.model.configs
+    files = {name: folder / f"{name}.json" for name in inspect.signature(pipeline_class.__init__).parameters}
+    if build.fp16_vae:
+        files["vae"] = folder / f"{build.model.fp16_vae_config}.json"
+    configs = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
     if build.tiny_vae:
-        makers["vae"] = diffusers.AutoencoderTiny  # by its defaults, which are TAESD's
-    parts = {}
-    with torch.device(build.spec.device):
-        for name, make in makers.items():
-            torch.manual_seed(0)  # each, so that another VAE doesn't come with other text encoders
-            parts[name] = make().eval().requires_grad_(False)
+        configs["vae"] = {"_class_name": "AutoencoderTiny"}  # by its defaults, which are TAESD's
+    parts: dict[str, Any] = dict.fromkeys(build.model.left_out)
+    for name, config in configs.items():
+        torch.manual_seed(0)  # each, so that another VAE doesn't come with other text encoders
+        if name == "scheduler":
+            parts[name] = _from_config(config)
+            continue
+        with torch.device(build.spec.device):
+            parts[name] = _from_config(config).eval().requires_grad_(False)
+        if name.startswith("text_encoder"):
+            parts[name.replace("text_encoder", "tokenizer")] = _tokenizer(config)
     if build.model.outliers:
         outliers.put_in(parts[build.model.denoiser])  # in fp32: every dtype then rounds the same weights
-    scheduler = config("scheduler")
-    return getattr(diffusers, build.model.pipeline)(
-        **parts,
-        scheduler=getattr(diffusers, scheduler["_class_name"]).from_config(scheduler),
-        tokenizer=byte_tokenizer(),
-        tokenizer_2=byte_tokenizer(),
-    )
+    return pipeline_class(**parts)
+
+
+def _from_config(config: dict[str, Any]) -> Any:
+    """A component of diffusers or transformers, by the class that its config names."""
+    import diffusers
+    import transformers
+
+    if "_class_name" in config:
+        return getattr(diffusers, config["_class_name"]).from_config(config)
+    kind = transformers.AutoConfig.for_model(**config)
+    return getattr(transformers, config["architectures"][0])(kind)
+
+
+def _tokenizer(config: dict[str, Any]) -> Any:
+    """One for a text encoder that needs no vocabulary file: its tokens are bytes."""
+    from transformers import ByT5Tokenizer
+
+    return ByT5Tokenizer() if config["model_type"] == "t5" else byte_tokenizer()
 
 
 def byte_tokenizer(start_id: int = 49406) -> Any:

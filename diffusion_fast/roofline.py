@@ -34,7 +34,7 @@ REPEATS = 10
 def count_flops(build: Build) -> dict[str, dict[str, float]]:
     """Floating-point operations of a call's parts, by PARTS and, in each, by KINDS.
 
-    A multiplication and an addition are two. Counted while the pipeline makes one step for one image, by
+    A multiplication and an addition are two. Counted while the pipeline makes a step for one image, by
     torch.utils.flop_counter, which can't look into a compiled or captured graph: such parts run eagerly meanwhile, with
     less memory for one image than for all. The prompt is encoded once a call, the rest is done for each image.
     """
@@ -47,7 +47,7 @@ def count_flops(build: Build) -> dict[str, dict[str, float]]:
         counts = counter.get_flop_counts().get("Global", {})
         return float(sum(count for name, count in counts.items() if KIND_OF.get(str(name), "attention") == kind))
 
-    pipe = build.pipe
+    pipe, steps = build.pipe, build.model.least_steps
     unknown_to_torch = {  # by the shapes of their arguments
         torch.ops.aten._int_mm: lambda one, other, **_: 2 * one[0] * one[1] * other[1],
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
@@ -70,9 +70,10 @@ def count_flops(build: Build) -> dict[str, dict[str, float]]:
             for _, owner, attribute in build.prompt_calls:  # a step's work, wherever it is done
                 stack.enter_context(watches.on("denoising_step", owner, attribute))
             stack.enter_context(watches.on("vae_decode", pipe.vae, "decode"))
-        call(replace(build, spec=replace(build.spec, steps=1, batch_size=1)))
-    images = dict(zip(PARTS, (1, build.spec.batch_size, build.spec.batch_size), strict=True))
-    return {part: {kind: images[part] * watches.totals[part] for kind, watches in by_kind.items()} for part in PARTS}
+        call(replace(build, spec=replace(build.spec, steps=steps, batch_size=1)))
+    images = build.spec.batch_size
+    times = dict(zip(PARTS, (1, images / steps, images), strict=True))
+    return {part: {kind: times[part] * watches.totals[part] for kind, watches in by_kind.items()} for part in PARTS}
 
 
 def ceilings(build: Build) -> dict[str, float]:

@@ -51,14 +51,18 @@ class Model(_Json):
     name: str
     summary: str
     pipeline: str  # class in diffusers
-    denoiser: Literal["unet"]  # the pipeline's attribute that runs once a step
+    denoiser: Literal["unet", "transformer"]  # the pipeline's attribute that runs once a step
     height: int  # pixels
     width: int
     steps: int
     guidance_scale: float
+    least_steps: int = 1  # that the pipeline can make
     prompt: str = "ghibli style, a fantasy landscape with castles"  # diffusion-fast's own
     small_world: bool = False  # paints the scenes of world.py, so that what it paints can be judged
     outliers: bool = False  # a few channels are made much larger, as trained weights have them, see outliers.py
+    scheduler: str = ""  # class in diffusers, in the place of the one that comes with the weights
+    left_out: tuple[str, ...] = ()  # components of the pipeline that do without
+    call_arguments: tuple[tuple[str, bool | int | float], ...] = ()  # of every call of the pipeline
     hub_id: str = ""  # weights="pretrained"
     embedded: str = ""  # weights="embedded": a folder of this package, in diffusers format
     configs: str = ""  # weights="random": a folder of component configs under configs/
@@ -70,6 +74,10 @@ class Model(_Json):
     @property
     def default_weights(self) -> str:
         return "embedded" if self.embedded else "pretrained"
+
+    @property
+    def unet(self) -> bool:
+        return self.denoiser == "unet"
 
 
 @dataclass(frozen=True)

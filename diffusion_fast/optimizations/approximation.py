@@ -16,7 +16,7 @@ GUIDED = 0.5  # of the steps: they decide what is painted where
 
 # Compiling the whole denoiser would take the choice between the two kinds of steps for a part of it: regional_compile
 # doesn't.
-@optimization(stage="approximate", excludes=("compile",), lossless=False, same_work=False)
+@optimization(stage="approximate", excludes=("compile",), model_needs="unet", lossless=False, same_work=False)
 def feature_reuse(build: Build) -> dict[str, Any]:
     """Compute the UNet's deep features in every third step, and its outermost blocks alone in those between.
 
@@ -25,7 +25,9 @@ def feature_reuse(build: Build) -> dict[str, Any]:
     return _reuse(build, "feature_reuse", every=REUSE_EVERY, points=1)
 
 
-@optimization(stage="approximate", excludes=("compile", "feature_reuse"), lossless=False, same_work=False)
+@optimization(
+    stage="approximate", excludes=("compile", "feature_reuse"), model_needs="unet", lossless=False, same_work=False
+)
 def feature_forecast(build: Build) -> dict[str, Any]:
     """Compute the UNet's deep features in every second step, and forecast those between from the last three.
 
@@ -163,7 +165,7 @@ def _guided(steps: int) -> int:
     return max(1, round(GUIDED * steps))
 
 
-@optimization(stage="approximate", lossless=False, same_work=False, needs_guidance=True)
+@optimization(stage="approximate", model_needs="unet", lossless=False, same_work=False, needs_guidance=True)
 def guidance_cutoff(build: Build) -> dict[str, Any]:
     """Guide the first half of the steps, and give the denoiser the prompt alone in the others: half the rows.
 
@@ -171,7 +173,9 @@ def guidance_cutoff(build: Build) -> dict[str, Any]:
     diffusers has a callback for it, which takes a batch's last prompt for all of it.
     """
     guided = _guided(build.spec.steps)
-    known = type(build.pipe)._callback_tensor_inputs
+    known = getattr(type(build.pipe), "_callback_tensor_inputs", None)
+    if known is None:
+        raise RuntimeError(f"guidance_cutoff: {type(build.pipe).__name__} has no callback at the end of a step")
     halves = 0
 
     def end_guidance(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:

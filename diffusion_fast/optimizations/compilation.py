@@ -93,8 +93,15 @@ EIGHT_BITS = ("RowwiseLinear", "ImagewiseConvolution")
 
 
 def _regions(denoiser: Any) -> list[Any]:
-    """The blocks that a denoiser repeats, by diffusers' own account, its residual blocks and sampling layers."""
-    blocks = {*(denoiser._repeated_blocks or ()), *RESIDUAL, "Downsample2D", "Upsample2D"}
+    """The blocks that a denoiser repeats, its residual blocks and sampling layers.
+
+    diffusers says of most models which they repeat; of others it is what their lists of layers hold.
+    """
+    from torch.nn import ModuleList
+
+    lists = [module for module in denoiser.children() if isinstance(module, ModuleList)]
+    repeated = denoiser._repeated_blocks or [type(layer).__name__ for layers in lists for layer in layers]
+    blocks = {*repeated, *RESIDUAL, "Downsample2D", "Upsample2D"}
     found = [module for module in denoiser.modules() if type(module).__name__ in blocks]
     # An eight-bit layer is several kernels unless it is compiled, and some lie between the blocks.
     found += [module for module in _outside(denoiser, found) if type(module).__name__ in EIGHT_BITS]

@@ -75,13 +75,15 @@ def _attention_calls(build: Build) -> Counter[tuple[Any, ...]]:
         calls[tuple((tuple(each.shape), each.stride()) for each in (query, key, value))] += 1
         return attend(query, key, value, *args, **kwargs)
 
+    def begin(*_: Any) -> None:
+        calls.clear()
+        functional.scaled_dot_product_attention = noting
+
     # Only while the denoiser runs: the other networks have attention of their own, once a call.
-    before = build.denoiser.register_forward_pre_hook(
-        lambda *_: setattr(functional, "scaled_dot_product_attention", noting)
-    )
+    before = build.denoiser.register_forward_pre_hook(begin)
     after = build.denoiser.register_forward_hook(lambda *_: setattr(functional, "scaled_dot_product_attention", attend))
     try:
-        build.one_step()
+        build.short_call()
     finally:
         functional.scaled_dot_product_attention = attend
         before.remove()
@@ -157,13 +159,12 @@ def fused_qkv(build: Build) -> dict[str, Any]:
     """
     from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 
-    with_attention = any(isinstance(module, Attention) for module in build.pipe.vae.modules())
-    build.pipe.fuse_qkv_projections(vae=with_attention)
     fused = freed = 0
     for network in (build.denoiser, build.pipe.vae):
-        for module in network.modules():
-            if not isinstance(module, Attention):
-                continue
+        layers = [module for module in network.modules() if isinstance(module, Attention)]
+        if layers:
+            network.fuse_qkv_projections()
+        for module in layers:
             if not (module.fused_projections and isinstance(module.processor, FusedAttnProcessor2_0)):
                 raise RuntimeError("fused_qkv: an attention layer was left unfused")
             # diffusers keeps the separate layers beside the fused one, and quantizing would then quantize both.
@@ -205,6 +206,7 @@ def conv_as_linear(build: Build) -> dict[str, Any]:
     excludes=("int8_dynamic",),
     min_capability=(9, 0),
     imports=("diffusion_fast.gated",),
+    model_needs="unet",
     takes_adapters=False,
 )
 def fused_geglu(build: Build) -> dict[str, Any]:
@@ -224,7 +226,7 @@ def fused_geglu(build: Build) -> dict[str, Any]:
     return {"feed_forwards": fused}
 
 
-@optimization(stage="layout", requires=("channels_last",))
+@optimization(stage="layout", requires=("channels_last",), model_needs="unet")
 def no_layout_copies(build: Build) -> dict[str, Any]:
     """Keep NHWC behind each transformer, where diffusers makes a copy in NCHW that the next convolution undoes.
 
@@ -279,7 +281,9 @@ def device_postprocessing(build: Build) -> dict[str, Any]:
     return {"processor": type(processor).__name__}
 
 
-def _to_pil_from_bytes(processor: Any, original: Any, image: Any, output_type: str = "pil", *args: Any) -> Any:
+def _to_pil_from_bytes(
+    processor: Any, original: Any, image: Any, output_type: str = "pil", do_denormalize: list[bool] | None = None
+) -> Any:
     """`image`: floats of shape (batch, 3, height, width) in -1..1, as the VAE decodes them. PIL images, bit for bit
     those that diffusers makes on the host; other output types are left to `original`.
     """
@@ -287,8 +291,8 @@ def _to_pil_from_bytes(processor: Any, original: Any, image: Any, output_type: s
     from PIL import Image
 
     if output_type != "pil":
-        return original(image, output_type, *args)
-    levels = (processor._denormalize_conditionally(image, *args).float() * 255).round().to(torch.uint8)
+        return original(image, output_type, do_denormalize)
+    levels = (processor._denormalize_conditionally(image, do_denormalize).float() * 255).round().to(torch.uint8)
     return [Image.fromarray(each) for each in levels.permute(0, 2, 3, 1).cpu().numpy()]
 
 
@@ -346,7 +350,7 @@ def _given_the_prompt(build: Build) -> list[Any]:
         if isinstance(module, torch.nn.Linear) or type(module).__name__ == "RowwiseLinear"
     ]
     try:
-        build.one_step()
+        build.short_call()
     finally:
         for hook in hooks:
             hook.remove()

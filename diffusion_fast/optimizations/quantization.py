@@ -97,6 +97,7 @@ def int8_rows(build: Build) -> dict[str, Any]:
     requires=("bf16", "channels_last", ("compile", "regional_compile")),
     min_capability=(9, 0),
     imports=("diffusion_fast.eight_bits",),
+    model_needs="unet",
     lossless=False,
     takes_adapters=False,
 )
@@ -114,6 +115,7 @@ def fp8_convolutions(build: Build) -> dict[str, Any]:
     excludes=("fp8_convolutions",),
     min_capability=(9, 0),
     imports=("diffusion_fast.eight_bits",),
+    model_needs="unet",
     lossless=False,
     takes_adapters=False,
 )
@@ -132,7 +134,8 @@ def _eight_bit_convolutions(build: Build, number_format: str) -> dict[str, Any]:
 
     from diffusion_fast import eight_bits
 
-    smallest = 2 ** (len(build.denoiser.config.block_out_channels) - 1) * build.pipe.vae_scale_factor
+    halvings = sum(type(module).__name__ == "Downsample2D" for module in build.denoiser.modules())
+    smallest = 2**halvings * build.pipe.vae_scale_factor
     if build.spec.height % smallest or build.spec.width % smallest:
         raise RuntimeError(
             f"{number_format}_convolutions: height and width have to be multiples of {smallest} pixels here"
@@ -191,7 +194,7 @@ def eligible(build: Build) -> tuple[dict[Any, int], dict[str, Any]]:
 
 
 def _rows_per_linear(build: Build) -> dict[Any, int]:
-    """How many rows each linear layer of the denoiser and the VAE multiplies, seen in one eager step."""
+    """How many rows each linear layer of the denoiser and the VAE multiplies, seen in an eager step."""
     import torch
 
     rows: dict[Any, int] = {}
@@ -205,7 +208,7 @@ def _rows_per_linear(build: Build) -> dict[Any, int]:
         for module in network.modules()
         if isinstance(module, torch.nn.Linear)
     ]
-    build.one_step()
+    build.short_call()
     for hook in hooks:
         hook.remove()
     return rows

@@ -39,16 +39,17 @@ class Build:
     def denoiser(self) -> Any:
         return getattr(self.pipe, self.model.denoiser)
 
-    def one_step(self) -> None:
-        """Have the pipeline make one step, for those who look on."""
+    def short_call(self) -> None:
+        """Have the pipeline make as few steps as it can, for those who look on."""
         spec = self.spec
         self.pipe(
             spec.prompt,
-            num_inference_steps=1,
+            num_inference_steps=self.model.least_steps,
             guidance_scale=spec.guidance_scale,
             height=spec.height,
             width=spec.width,
             num_images_per_prompt=spec.batch_size,
+            **dict(self.model.call_arguments),
         )
 
     def launched(self) -> list[tuple[str, Any, str]]:
@@ -91,7 +92,7 @@ class Optimization:
     excludes: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cuda", "cpu")
     min_capability: tuple[int, int] = (0, 0)
-    model_needs: str = ""  # a field of Model that must not be empty
+    model_needs: str = ""  # a field of Model that must not be empty; `unet`: its denoiser has to be one
     # A field of Model and names: where the one is set, one of the others is required.
     requires_where: tuple[str, tuple[str, ...]] = ("", ())
     imports: tuple[str, ...] = ()  # slow modules it needs, imported (and timed) before the pipeline loads

@@ -1,0 +1,118 @@
+"""Each model: the parameters that were published, and as a miniature every optimization that applies to it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+
+from diffusion_fast import pipeline, plan
+from diffusion_fast.models import MODELS, PACKAGE
+from diffusion_fast.optimizations import OPTIMIZATIONS, Build
+from diffusion_fast.pipeline import build_pipeline, call
+from diffusion_fast.plan import plan_ladder, plan_recipe
+from diffusion_fast.recipes import LADDERS
+from diffusion_fast.spec import Recipe
+from tests.conftest import CPU, H100
+from tests.miniatures import NAMES, miniature
+
+PUBLISHED = {
+    "sdxl": {"unet": 2_567_463_684, "vae": 83_653_863, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840},
+    "ssd-1b": {"unet": 1_331_334_404, "vae": 83_653_863, "text_encoder": 123_060_480, "text_encoder_2": 694_659_840},
+    "sd15": {"unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480},
+    "pixart-alpha": {"transformer": 611_349_152, "vae": 83_653_863, "text_encoder": 4_762_310_656},
+}
+# What an optimization needs beside it, and what it can't do here: on a CPU, without weights from the hub.
+BESIDE = {
+    "attention_backend": ("bf16", "sdpa"),
+    "no_layout_copies": ("channels_last",),
+    "group_norm_kernels": ("channels_last",),
+    "fused_qkv": ("sdpa",),
+    "fused_geglu": ("bf16",),
+    "inductor_tuning": ("compile",),
+    "prompt_projections": ("sdpa",),
+    "int8_dynamic": ("bf16", "regional_compile"),
+    "int8_rows": ("bf16", "regional_compile"),
+    "fp8_rows": ("bf16", "regional_compile"),
+    "int8_convolutions": ("bf16", "channels_last", "regional_compile"),
+    "fp8_convolutions": ("bf16", "channels_last", "regional_compile"),
+}
+APPLICABLE = [
+    (model, name)
+    for model in NAMES
+    for name, known in OPTIMIZATIONS.items()
+    if "cpu" in known.devices and known.model_needs in ("", "unet") and (not known.model_needs or MODELS[model].unet)
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_has_the_parameters_that_were_published(name: str) -> None:
+    for part, published in PUBLISHED[name].items():
+        config = json.loads((PACKAGE / "configs" / MODELS[name].configs / f"{part}.json").read_text())
+        with torch.device("meta"):
+            network = pipeline._from_config(config)
+        assert sum(parameter.numel() for parameter in network.parameters()) == published
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_miniature_paints_the_same_picture_every_time(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, applied = small(name, tmp_path, monkeypatch)
+    assert applied == {}
+    assert type(made.pipe) is getattr(diffusers, MODELS[name].pipeline)
+    first, second = (call(made)[0] for _ in range(2))
+    assert first.size == (64, 64)
+    assert first.getbbox() is not None
+    assert first.tobytes() == second.tobytes()
+
+
+@pytest.mark.parametrize(("model", "name"), APPLICABLE)
+def test_an_optimization_applies_and_the_picture_stays(
+    model: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    plain, found = (
+        pixels(small(model, tmp_path, monkeypatch, *names)[0]) for names in ((), (*BESIDE.get(name, ()), name))
+    )
+    known = OPTIMIZATIONS[name]
+    limit = 0.02 if known.lossless else 0.1
+    assert (found - plain).norm() / plain.norm() < limit
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("ladder", LADDERS)
+@pytest.mark.parametrize("device", [CPU, H100], ids=["cpu", "h100"])
+def test_every_ladder_of_every_model_can_be_planned(name: str, ladder: str, device: plan.Device) -> None:
+    model = MODELS[name]
+    recipes, notes = plan.find_ladder(ladder, device, model)
+    planned = plan_ladder(ladder, recipes, model, device, plan.Settings(), notes)
+    assert len(planned.rungs) > 1
+    if not model.unet:
+        used = {each for rung in planned.rungs for each in rung.optimizations}
+        assert not {each for each in used if OPTIMIZATIONS[each].model_needs == "unet"}
+
+
+def test_what_changes_a_unet_is_refused_for_a_transformer() -> None:
+    with pytest.raises(ValueError, match="can't be applied to pixart-alpha: it has no unet"):
+        plan_recipe(MODELS["pixart-alpha"], Recipe("mine", ("feature_reuse",)), CPU)
+
+
+def small(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str
+) -> tuple[Build, dict[str, dict[str, Any]]]:
+    model = miniature(name, folder)
+    monkeypatch.setitem(MODELS, name, model)
+    recipe = Recipe("mine", plan_recipe(model, Recipe("mine", names), CPU))
+    ladder = plan_ladder("mine", (recipe,), model, CPU, plan.Settings(weights="random", steps=4))
+    return build_pipeline(ladder.rungs[0], lambda stage: None)
+
+
+def pixels(build: Build) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.tensor(list(call(build)[0].tobytes())).float()
