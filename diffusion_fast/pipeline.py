@@ -20,21 +20,26 @@ def build_pipeline(spec: RunSpec, tell: Callable[[str], None]) -> tuple[Build, d
     `tell` is called with what is being done. Raises RuntimeError where an optimization has no effect.
     """
     build = Build(MODELS[spec.model], spec)
-    applied: dict[str, dict[str, Any]] = {}
-    chosen = [OPTIMIZATIONS[name] for name in spec.optimizations]
     no_tf32()
-    for optimization in chosen:
-        if optimization.stage == "load":
-            applied[optimization.name] = optimization.apply(build)
+    applied = apply(build, tell, before_loading=True)
     tell("loading")
     build.pipe = _load(build)
     _vanilla_attention(build)
+    return build, applied | apply(build, tell, before_loading=False)
+
+
+def apply(build: Build, tell: Callable[[str], None], before_loading: bool) -> dict[str, dict[str, Any]]:
+    """Apply the spec's optimizations of the stage `load`, or all others. Returns what each says that it did."""
+    chosen = [OPTIMIZATIONS[name] for name in build.spec.optimizations]
+    applied: dict[str, dict[str, Any]] = {}
     for optimization in chosen:
-        if optimization.stage != "load":
-            tell(f"applying {optimization.name}")
+        if (optimization.stage == "load") == before_loading:
+            if not before_loading:
+                tell(f"applying {optimization.name}")
             applied[optimization.name] = optimization.apply(build)
-    _refuse_adapters(build, [each.name for each in chosen if not each.takes_adapters])
-    return build, applied
+    if not before_loading:
+        _refuse_adapters(build, [each.name for each in chosen if not each.takes_adapters])
+    return applied
 
 
 def _refuse_adapters(build: Build, names: list[str]) -> None:

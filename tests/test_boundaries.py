@@ -97,7 +97,7 @@ def test_imports_go_one_way() -> None:
             "spec world models recipes inductor graphs operators kernels norm_kernels gated eight_bits norms "
             "projections optimizations.registry optimizations.numbers optimizations.layers optimizations.quantization "
             "optimizations.compilation optimizations.approximation optimizations plan spool rows fidelity measure "
-            "watch environment draw judge accuracy outliers pipeline onestep roofline profile worker sensitivity "
+            "watch environment draw judge accuracy outliers pipeline own onestep roofline profile worker sensitivity "
             "launch saved_cache ladder stats check control sweep report view tracking console cli __main__"
         ).split()
     ]

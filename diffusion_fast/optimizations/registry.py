@@ -32,6 +32,7 @@ class Build:
     call_arguments: dict[str, Any] = field(default_factory=dict)  # of the pipeline, beside what the spec says
     step_calls: list[tuple[str, Any, str]] = field(default_factory=list)  # see `launched`
     prompt_calls: list[tuple[str, Any, str]] = field(default_factory=list)  # likewise: once for each prompt
+    example: dict[str, Any] = field(default_factory=dict)  # of a call of a pipeline that somebody else built
     pipe: Any = None
     proofs: dict[str, Callable[[], dict[str, Any]]] = field(default_factory=dict)  # called after the warm-up
 
@@ -42,15 +43,15 @@ class Build:
     def short_call(self) -> None:
         """Have the pipeline make as few steps as it can, for those who look on."""
         spec = self.spec
-        self.pipe(
-            spec.prompt,
-            num_inference_steps=self.model.least_steps,
-            guidance_scale=spec.guidance_scale,
-            height=spec.height,
-            width=spec.width,
-            num_images_per_prompt=spec.batch_size,
-            **dict(self.model.call_arguments),
-        )
+        arguments = {
+            "prompt": spec.prompt,
+            "guidance_scale": spec.guidance_scale,
+            "height": spec.height,
+            "width": spec.width,
+            "num_images_per_prompt": spec.batch_size,
+        }
+        arguments |= dict(self.model.call_arguments) | self.example
+        self.pipe(**arguments, num_inference_steps=self.model.least_steps)
 
     def launched(self) -> list[tuple[str, Any, str]]:
         """What computes on the device with nothing for the host to decide meanwhile: name, owner, attribute.

@@ -1,0 +1,104 @@
+"""A recipe for a pipeline that somebody else built: other weights, an adapter, another scheduler, a ControlNet."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from diffusion_fast.models import MODELS
+from diffusion_fast.optimizations import OPTIMIZATIONS, Build
+from diffusion_fast.pipeline import apply
+from diffusion_fast.plan import Device, Settings, plan_ladder
+from diffusion_fast.spec import DTYPES, Model, Recipe
+
+DENOISERS = ("unet", "transformer")
+
+
+def optimize(pipe: Any, *names: str, compile_mode: str = "default", example: Mapping[str, Any] | None = None) -> Any:
+    """Apply optimizations to a diffusers pipeline, in place. Returns it.
+
+    `names` are those of `diffusion-fast list`; their order has no meaning. A pipeline that is in bfloat16 or float16
+    already needs no `bf16` or `fp16`. Some optimizations call the pipeline once, with few steps, to see the shapes that
+    it works on: by its defaults, or with the arguments in `example`, which may also be what such a call needs, a
+    ControlNet's `image` for instance.
+
+    Raises ValueError where these names don't go together, or not with this pipeline or device, before anything is
+    changed; RuntimeError where one has no effect. Then what was applied before it stays applied.
+    """
+    import torch
+
+    model = _model_of(pipe, names)
+    arguments = dict(example or {})
+    dtype = str(getattr(pipe, model.denoiser).dtype).removeprefix("torch.")
+    converted = bool(set(names) & set(DTYPES))
+    wanted = dict.fromkeys(names)
+    if not converted:
+        wanted |= {short: None for short, long in DTYPES.items() if long == dtype}
+    settings = Settings(
+        weights="",
+        prompt=arguments.get("prompt", model.prompt),
+        height=arguments.get("height"),
+        width=arguments.get("width"),
+        guidance_scale=arguments.get("guidance_scale"),
+        batch_size=arguments.get("num_images_per_prompt", 1),
+        compile_mode=compile_mode,
+    )
+    recipe = Recipe("own", tuple(wanted))
+    spec = plan_ladder("own", (recipe,), model, _device_of(pipe), settings).rungs[0]
+    _refuse(pipe, model, spec.optimizations)
+
+    build = Build(model, spec, dtype=dtype, example=arguments, pipe=pipe)
+    with torch.no_grad():
+        apply(build, lambda stage: None, before_loading=True)
+        if converted:  # else a part that was left in another dtype stays in it
+            pipe.to(getattr(torch, build.dtype))
+        apply(build, lambda stage: None, before_loading=False)
+    return pipe
+
+
+def _model_of(pipe: Any, names: tuple[str, ...]) -> Model:
+    """What optimizations ask of a model, of this pipeline: what is known of its class, and its own numbers."""
+    kind = type(pipe).__name__
+    denoiser = next((each for each in DENOISERS if getattr(pipe, each, None) is not None), None)
+    if denoiser is None:
+        raise ValueError(f"{kind} has neither a unet nor a transformer.")
+    known = next((each for each in MODELS.values() if each.pipeline == kind), None)
+    pixels = getattr(pipe, denoiser).config.sample_size * pipe.vae_scale_factor
+    guidance = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+    return Model(
+        name=kind,
+        summary="your own",
+        pipeline=kind,
+        denoiser=denoiser,  # type: ignore[arg-type]
+        height=pixels,
+        width=pixels,
+        steps=30,
+        guidance_scale=guidance,
+        least_steps=known.least_steps if known else 1,
+        call_arguments=known.call_arguments if known else (),
+    )
+
+
+def _device_of(pipe: Any) -> Device:
+    import torch
+
+    if pipe.device.type != "cuda":
+        return Device(pipe.device.type, pipe.device.type)
+    return Device("cuda", torch.cuda.get_device_name(pipe.device), torch.cuda.get_device_capability(pipe.device))
+
+
+def _refuse(pipe: Any, model: Model, names: tuple[str, ...]) -> None:
+    """Raise ValueError for what can't be done to a pipeline that is there already."""
+    for name in names:
+        if name in LATE:
+            raise ValueError(f"{name} can't be applied to a pipeline of your own: {LATE[name]}.")
+    stubborn = [name for name in names if not OPTIMIZATIONS[name].takes_adapters]
+    if stubborn and getattr(getattr(pipe, model.denoiser), "peft_config", None):
+        raise ValueError(
+            f"{' and '.join(stubborn)} would leave the adapter out: fuse it into the weights first, by "
+            "pipe.fuse_lora() and pipe.unload_lora_weights()."
+        )
+
+
+LATE = {"guidance_cutoff": "it works by an argument of each call"}

@@ -1,0 +1,126 @@
+"""Recipes for pipelines that somebody else built."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    DDIMScheduler,
+    StableDiffusionXLControlNetPipeline,
+    StableDiffusionXLPipeline,
+    UniPCMultistepScheduler,
+)
+from peft import LoraConfig
+from PIL import Image
+
+import diffusion_fast
+from diffusion_fast.models import PACKAGE
+from diffusion_fast.projections import Projection
+
+PROMPT = "a large red circle above a small blue square on a white background"
+LOSSLESS = (
+    *("sdpa", "channels_last", "no_layout_copies", "group_norm_kernels", "fused_qkv"),
+    *("device_postprocessing", "prompt_projections"),
+)
+
+
+@pytest.fixture
+def pipe() -> Any:
+    made = StableDiffusionXLPipeline.from_pretrained(PACKAGE / "tiny", use_safetensors=True, dtype=torch.float32)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def painted(pipe: Any, **how: Any) -> numpy.ndarray:
+    generator = torch.Generator("cpu").manual_seed(1)
+    image = pipe(PROMPT, num_inference_steps=6, guidance_scale=2.0, generator=generator, **how).images[0]
+    return numpy.asarray(image).astype(int)
+
+
+def test_a_pipeline_of_ones_own_paints_the_same(pipe: Any) -> None:
+    before = painted(pipe)
+    assert diffusion_fast.optimize(pipe, *LOSSLESS) is pipe
+    assert pipe.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn1.fused_projections
+    assert any(isinstance(module, Projection) for module in pipe.unet.modules())
+    assert abs(painted(pipe) - before).max() <= 1
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler, UniPCMultistepScheduler])
+def test_with_another_scheduler_before_and_after(pipe: Any, scheduler: Any) -> None:
+    usual = painted(pipe)
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    before = painted(pipe)
+    assert abs(before - usual).max() > 1
+    diffusion_fast.optimize(pipe, *LOSSLESS)
+    assert abs(painted(pipe) - before).max() <= 1
+
+
+def test_an_adapter_that_is_there_is_kept_or_a_reason_not_to(pipe: Any) -> None:
+    plain = painted(pipe)
+    pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    before = painted(pipe)
+    assert abs(before - plain).max() > 1
+    with pytest.raises(ValueError, match="fused_qkv would leave the adapter out: fuse it into the weights first"):
+        diffusion_fast.optimize(pipe, "sdpa", "fused_qkv")
+    diffusion_fast.optimize(pipe, "sdpa", "channels_last", "group_norm_kernels")
+    assert abs(painted(pipe) - before).max() <= 1
+
+
+def test_a_controlnet_says_by_an_example_what_a_call_needs(pipe: Any) -> None:
+    torch.manual_seed(0)
+    controlnet = ControlNetModel.from_unet(pipe.unet)
+    with torch.no_grad():
+        for block in controlnet.controlnet_down_blocks:  # as they come, their outputs are zeros
+            block.weight.normal_(std=0.1)
+    guided = StableDiffusionXLControlNetPipeline(**pipe.components, controlnet=controlnet)
+    guided.set_progress_bar_config(disable=True)
+    image = Image.fromarray(numpy.random.default_rng(0).integers(0, 255, (128, 128, 3), numpy.uint8))
+    before = painted(guided, image=image)
+    assert abs(before - painted(pipe)).max() > 1
+    diffusion_fast.optimize(guided, *LOSSLESS, example={"image": image})
+    assert abs(painted(guided, image=image) - before).max() <= 1
+
+
+def test_a_pipeline_in_bfloat16_needs_no_name_for_it(pipe: Any) -> None:
+    pipe.to(torch.bfloat16)
+    diffusion_fast.optimize(pipe, "sdpa", "fused_geglu")
+    assert {parameter.dtype for parameter in pipe.unet.parameters()} == {torch.bfloat16}
+    assert painted(pipe).std() > 1
+
+
+def test_bf16_converts_the_pipeline(pipe: Any) -> None:
+    before = painted(pipe)
+    diffusion_fast.optimize(pipe, "bf16")
+    assert pipe.unet.dtype == pipe.vae.dtype == torch.bfloat16
+    assert abs(painted(pipe) - before).mean() < 3
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (("sdpaa",), "no optimization 'sdpaa'"),
+        (("fused_qkv",), "fused_qkv requires sdpa: add sdpa"),
+        (("bf16", "fp16"), "exclude each other"),
+        (("tf32",), "tf32 runs on cuda only"),
+        (("guidance_cutoff",), "it works by an argument of each call"),
+        (("tiny_vae",), "it has no tiny_vae_hub_id"),
+    ],
+)
+def test_what_is_impossible_is_refused_before_anything_is_changed(
+    pipe: Any, names: tuple[str, ...], reason: str
+) -> None:
+    processors = dict(pipe.unet.attn_processors)
+    with pytest.raises(ValueError, match=reason):
+        diffusion_fast.optimize(pipe, "sdpa" if "fused_qkv" not in names else "channels_last", *names)
+    assert pipe.unet.attn_processors == processors
+    assert pipe.unet.dtype == torch.float32
+
+
+def test_a_pipeline_without_a_denoiser_is_refused(pipe: Any) -> None:
+    pipe.unet = None
+    with pytest.raises(ValueError, match="StableDiffusionXLPipeline has neither a unet nor a transformer"):
+        diffusion_fast.optimize(pipe, "sdpa")
