@@ -91,7 +91,7 @@ def test_imports_go_one_way() -> None:
     order = [
         f"diffusion_fast.{name}"
         for name in (
-            "spec world models recipes inductor graphs operators kernels eight_bits optimizations.registry "
+            "spec world models recipes inductor graphs ahead operators kernels eight_bits optimizations.registry "
             "optimizations.numbers optimizations.layers optimizations.quantization optimizations.compilation "
             "optimizations.approximation optimizations plan spool rows fidelity measure watch environment draw "
             "judge accuracy outliers pipeline onestep roofline profile worker sensitivity launch saved_cache ladder "
