@@ -13,6 +13,8 @@ import json
 import platform
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ MOST = graphs.MOST  # packages of one network
 ALIGNMENT = 16  # bytes, which Inductor's kernels on a GPU count on
 PLAIN = (bool, str, type(None))  # arguments that are compiled in; a number may be another one in every step
 
+ATTENTION = ("flash", "mem_efficient", "cudnn", "math")  # PyTorch's kernels: which are allowed is decided in tracing
+
 # A package holds code, and the weights stay the pipeline's. What Inductor makes of them beforehand would be weights
 # again, of one model: nothing is frozen, and the small ones, such as a bias of 4 numbers, aren't written into the code.
 WEIGHTS_APART = {
@@ -34,6 +38,20 @@ WEIGHTS_APART = {
     "freezing": False,
     "triton.cudagraphs": False,
 }
+
+
+_only_known = False
+
+
+@contextmanager
+def nothing_new() -> Iterator[None]:
+    """Within, a call that would need another package raises RuntimeError: torch.compile's stance fail_on_recompile."""
+    global _only_known
+    before, _only_known = _only_known, True
+    try:
+        yield
+    finally:
+        _only_known = before
 
 
 class AheadOfTime:
@@ -64,6 +82,8 @@ class AheadOfTime:
         if not all(isinstance(leaf, (torch.Tensor, *PLAIN)) for leaf in leaves):
             return self._eagerly("was called with a number", args, kwargs)
         key = tree, tuple((leaf.shape, leaf.dtype) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves)
+        if key not in self.packages and _only_known:
+            raise RuntimeError(f"{self.name} would have to be compiled for other arguments than before")
         if key not in self.packages and len(self.packages) >= MOST:
             return self._eagerly(f"was compiled for {MOST} shapes already", args, kwargs)
         device = next(self.network.parameters()).device
@@ -121,6 +141,10 @@ def compile_package(
     import torch
     from torch._inductor.package import package_aoti
 
+    own = _weights(network)
+    if made_of_others := [name for name, tensor in own.items() if type(tensor) is not torch.Tensor]:
+        # Such as torchao's: what they are made of would be none of the network's weights, and stay with the package.
+        raise RuntimeError(f"{made_of_others[0]} is no plain tensor: its weights can't be kept apart from the package")
     file.parent.mkdir(parents=True, exist_ok=True)
     with torch.no_grad(), tempfile.TemporaryDirectory(dir=file.parent, prefix=".") as scratch:
         program = torch.export.export(network, args, kwargs, strict=False)
@@ -131,7 +155,6 @@ def compile_package(
             options=options | {"aot_inductor.output_path": scratch},
         )
         files = [each for each in made if isinstance(each, str)]
-        own = _weights(network)
         others = {name: each.get_weight(name)[0] for each in made if each not in files for name in each}
         constants = {name: tensor.clone() for name, tensor in others.items() if name not in own}
         torch.save(constants, Path(scratch, "constants"))
@@ -180,7 +203,8 @@ def _structure(network: Any) -> list[Any]:
         for name, each in _weights(network).items()
     ]
     settings = {name: value for name, value in getattr(network, "config", {}).items() if not name.startswith("_")}
-    return [str(network), settings, network.training, weights]
+    attending = [type(each.processor).__qualname__ for each in network.modules() if hasattr(each, "processor")]
+    return [str(network), settings, network.training, attending, weights]
 
 
 def _around(device: Any) -> dict[str, Any]:
@@ -200,6 +224,7 @@ def _around(device: Any) -> dict[str, Any]:
         "sources": _sources(),
         "inductor": flags,
         "tag": torch.compiler.config.cache_key_tag,
+        "attention kernels": [getattr(torch.backends.cuda, f"{name}_sdp_enabled")() for name in ATTENTION],
         "matmul precision": torch.get_float32_matmul_precision(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
     }

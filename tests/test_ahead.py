@@ -194,6 +194,9 @@ def test_operations_are_counted_and_steps_replayed_as_ever(uncompiled: Path) -> 
         replace(plain, spec=replace(plain.spec, batch_size=2))
     )
     steps = onestep.record(plain)
+    other = [step | {"args": (torch.cat([step["args"][0]] * 2), *step["args"][1:])} for step in steps]
+    with pytest.raises(RuntimeError, match="unet would have to be compiled for other arguments"):
+        onestep.replay(made, other)
     for found, step in zip(onestep.replay(made, steps), steps, strict=True):
         assert torch.equal(found, step["output"])
     assert made.proofs["ahead_of_time"]() == {"graphs": 2, "from_cache": 0, "eager_calls": 0}
@@ -265,6 +268,11 @@ def test_a_package_is_found_by_all_that_it_depends_on(uncompiled: Path, monkeypa
     assert not is_found(doubling(uncompiled, Doubling().double()), one)
     assert not is_found(doubling(uncompiled, Doubling().eval()), one)
     assert not is_found(AheadOfTime("doubling", Doubling(), uncompiled, {}, made_by=("fused_qkv",)), one)
+    attending = Doubling()
+    attending.processor = Package  # type: ignore[assignment]
+    assert not is_found(doubling(uncompiled, attending), one)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert not is_found(doubling(uncompiled), one)
     for name, value in {"version": lambda name: "0", "_sources": lambda: "other"}.items():
         with monkeypatch.context() as patch:
             patch.setattr(ahead, name, value)
@@ -323,6 +331,16 @@ def test_tensors_that_are_no_weights_are_kept_beside_the_package(
         ahead.load_package(network, file)
 
 
+def test_weights_that_would_stay_in_the_package_are_refused(tmp_path: Path) -> None:
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    network = torch.nn.Sequential(torch.nn.Linear(16, 16))
+    quantize_(network, Int8WeightOnlyConfig(set_inductor_config=False))
+    with pytest.raises(RuntimeError, match=r"0\.weight is no plain tensor"):
+        AheadOfTime("linear", network, tmp_path, {})(torch.rand(2, 16))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_compilation_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("no compiler")
@@ -345,11 +363,17 @@ def test_a_compilation_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: py
         (("feature_reuse",), "exclude each other"),
         (("feature_forecast",), "exclude each other"),
         (("inductor_tuning",), "requires compile or regional_compile"),
+        (("bf16", "int8_dynamic"), "requires compile or regional_compile"),
     ],
 )
 def test_what_it_can_not_go_with_is_refused(names: tuple[str, ...], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         plan_recipe(MODELS["tiny"], Recipe("mine", (*NAMES, *names)), CPU)
+
+
+def test_eight_bits_of_our_own_go_with_it() -> None:
+    recipe = Recipe("mine", ("bf16", "channels_last", *NAMES, "fp8_rows", "fp8_convolutions"))
+    assert plan_recipe(MODELS["tiny"], recipe, H100)[-3:] == ("fp8_rows", "fp8_convolutions", "ahead_of_time")
 
 
 def test_its_modes_capture_no_graphs_and_one_that_does_is_refused() -> None:
