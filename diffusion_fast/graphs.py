@@ -41,6 +41,11 @@ def none() -> Iterator[None]:
         _without = before
 
 
+def are_unwanted() -> bool:
+    """Whether this is within `none`."""
+    return _without
+
+
 class Graphed:
     """`function`, recorded once for each combination of its arguments' shapes, dtypes and plain values.
 

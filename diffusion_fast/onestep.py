@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from diffusion_fast import ahead
 from diffusion_fast.optimizations import OPTIMIZATIONS, Build
 from diffusion_fast.spec import RunSpec
 
@@ -51,7 +52,7 @@ def replay(build: Build, steps: list[Step]) -> list[Any]:
 
     device, dtype = build.pipe.device, build.denoiser.dtype
     outputs = []
-    with torch.compiler.set_stance("fail_on_recompile"):
+    with torch.compiler.set_stance("fail_on_recompile"), ahead.nothing_new():
         for step in steps:
             args, kwargs = torch.utils._pytree.tree_map(
                 lambda value: _moved(value, device, dtype), (step["args"], step["kwargs"])

@@ -94,7 +94,7 @@ def test_imports_go_one_way() -> None:
     order = [
         f"diffusion_fast.{name}"
         for name in (
-            "spec world models recipes inductor graphs operators kernels norm_kernels gated eight_bits norms "
+            "spec world models recipes inductor graphs ahead operators kernels norm_kernels gated eight_bits norms "
             "projections optimizations.registry optimizations.numbers optimizations.layers optimizations.quantization "
             "optimizations.compilation optimizations.approximation optimizations plan spool rows fidelity measure "
             "watch environment draw judge accuracy outliers pipeline own onestep roofline profile worker sensitivity "

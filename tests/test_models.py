@@ -45,7 +45,11 @@ APPLICABLE = [
     (model, name)
     for model in NAMES
     for name, known in OPTIMIZATIONS.items()
-    if "cpu" in known.devices and known.model_needs in ("", "unet") and (not known.model_needs or MODELS[model].unet)
+    # ahead_of_time would compile in earnest, and has tests of its own
+    if name != "ahead_of_time"
+    and "cpu" in known.devices
+    and known.model_needs in ("", "unet")
+    and (not known.model_needs or MODELS[model].unet)
 ]
 
 
@@ -85,17 +89,13 @@ def test_an_optimization_applies_and_the_picture_stays(
     assert (found - plain).norm() / plain.norm() < limit
 
 
-@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("ladder", LADDERS)
-@pytest.mark.parametrize("device", [CPU, H100], ids=["cpu", "h100"])
-def test_every_ladder_of_every_model_can_be_planned(name: str, ladder: str, device: plan.Device) -> None:
-    model = MODELS[name]
-    recipes, notes = plan.find_ladder(ladder, device, model)
-    planned = plan_ladder(ladder, recipes, model, device, plan.Settings(), notes)
-    assert len(planned.rungs) > 1
-    if not model.unet:
-        used = {each for rung in planned.rungs for each in rung.optimizations}
-        assert not {each for each in used if OPTIMIZATIONS[each].model_needs == "unet"}
+def test_no_ladder_has_a_transformer_do_what_changes_a_unet(ladder: str) -> None:
+    recipes, _ = plan.find_ladder(ladder, H100, MODELS["pixart-alpha"])
+    assert len(recipes) > 1
+    assert not {
+        name for recipe in recipes for name in recipe.optimizations if OPTIMIZATIONS[name].model_needs == "unet"
+    }
 
 
 def test_what_changes_a_unet_is_refused_for_a_transformer() -> None:

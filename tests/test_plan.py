@@ -56,6 +56,10 @@ def test_the_stage_decides_the_order_not_the_person() -> None:
     assert applied == ("bf16", "sdpa", "fused_qkv", "int8_dynamic", "inductor_tuning", "compile")
 
 
+# Ladders that lack a rung where a model lacks what it changes: a small VAE, or a UNet.
+FEWER = {("turbo", "tiny"), ("fast", "pixart-alpha"), ("turbo", "pixart-alpha")}
+
+
 def test_every_ladder_plans_for_every_model_on_a_cpu_and_on_a_gpu() -> None:
     for name in LADDERS:
         for model in MODELS:

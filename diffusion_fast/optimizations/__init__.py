@@ -5,7 +5,8 @@ numbers.py        tf32, bf16, fp16, vae_fp16_fix, cudnn_benchmark
 layers.py         sdpa, attention_backend, channels_last, no_layout_copies, fused_qkv, conv_as_linear,
                   group_norm_kernels, fused_geglu, device_postprocessing, prompt_projections
 quantization.py   int8_dynamic, fp8_rows, int8_rows, fp8_convolutions, int8_convolutions
-compilation.py    inductor_tuning, persistent_reductions, compile, regional_compile, cuda_graph
+compilation.py    inductor_tuning, persistent_reductions, compile, regional_compile, ahead_of_time,
+                  cuda_graph
 approximation.py  feature_reuse, feature_forecast, guidance_cutoff, tiny_vae
 
 Imports of torch sit inside the functions, because the parent process plans recipes without it.

@@ -16,7 +16,13 @@ GUIDED = 0.5  # of the steps: they decide what is painted where
 
 # Compiling the whole denoiser would take the choice between the two kinds of steps for a part of it: regional_compile
 # doesn't.
-@optimization(stage="approximate", excludes=("compile",), model_needs="unet", lossless=False, same_work=False)
+@optimization(
+    stage="approximate",
+    excludes=("compile", "ahead_of_time"),
+    model_needs="unet",
+    lossless=False,
+    same_work=False,
+)
 def feature_reuse(build: Build) -> dict[str, Any]:
     """Compute the UNet's deep features in every third step, and its outermost blocks alone in those between.
 
@@ -26,7 +32,11 @@ def feature_reuse(build: Build) -> dict[str, Any]:
 
 
 @optimization(
-    stage="approximate", excludes=("compile", "feature_reuse"), model_needs="unet", lossless=False, same_work=False
+    stage="approximate",
+    excludes=("compile", "ahead_of_time", "feature_reuse"),
+    model_needs="unet",
+    lossless=False,
+    same_work=False,
 )
 def feature_forecast(build: Build) -> dict[str, Any]:
     """Compute the UNet's deep features in every second step, and forecast those between from the last three.

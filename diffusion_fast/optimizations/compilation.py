@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from diffusion_fast import graphs
+from diffusion_fast.ahead import AheadOfTime, cache_folder
 from diffusion_fast.graphs import Graphed
 from diffusion_fast.inductor import parallel_coordinate_descent
 from diffusion_fast.optimizations.registry import Build, optimization
@@ -48,18 +49,23 @@ def persistent_reductions(build: Build) -> dict[str, Any]:
 COMPILERS = ("torch._dynamo", "torch._inductor.compile_fx")
 
 
-@optimization(stage="compile", excludes=("regional_compile",), imports=COMPILERS)
+@optimization(stage="compile", excludes=("regional_compile", "ahead_of_time"), imports=COMPILERS)
 def compile(build: Build) -> dict[str, Any]:  # noqa: A001 - it is called what the field calls it
     """Compile the denoiser and the VAE's decoder by torch.compile, each as one graph.
 
     The mode is the run's: max-autotune on a GPU, default on a CPU, unless asked otherwise.
     """
     # Compiling the VAE itself would miss `vae.decode`; its decoder is where the work is.
-    modules = {build.model.denoiser: build.denoiser, "vae.decoder": build.pipe.vae.decoder}
+    modules = _whole_networks(build)
     return _compile(build, "compile", modules.values(), least=len(modules)) | {"modules": list(modules)}
 
 
-@optimization(stage="compile", excludes=("compile",), imports=COMPILERS)
+def _whole_networks(build: Build) -> dict[str, Any]:
+    """What is worth compiling, each as one graph, by its name in the pipeline."""
+    return {build.model.denoiser: build.denoiser, "vae.decoder": build.pipe.vae.decoder}
+
+
+@optimization(stage="compile", excludes=("compile", "ahead_of_time"), imports=COMPILERS)
 def regional_compile(build: Build) -> dict[str, Any]:
     """Compile the denoiser's repeated blocks, each shape of them once, and the VAE's decoder as one graph.
 
@@ -85,6 +91,41 @@ def regional_compile(build: Build) -> dict[str, Any]:
         dynamic=False,
     )
     return account | {"regions": dict(counts) | ({"GroupNorm": len(norms)} if norms else {})}
+
+
+# No package holds a CUDA graph: the modes that capture one are left to torch.compile.
+@optimization(
+    stage="compile",
+    excludes=("compile", "regional_compile"),
+    imports=("torch._inductor.package",),
+    modes=("default", "max-autotune-no-cudagraphs"),
+    takes_adapters=False,
+)
+def ahead_of_time(build: Build) -> dict[str, Any]:
+    """Compile the denoiser and the VAE's decoder ahead of time: a later process loads them without tracing anything.
+
+    Each is a package in the compile cache, for each shape of its inputs. The weights stay the pipeline's own.
+    https://docs.pytorch.org/docs/stable/torch.compiler_aot_inductor.html
+    """
+    import torch
+
+    options = torch._inductor.list_mode_options(build.spec.compile_mode) | build.compile_options
+    networks = _whole_networks(build)
+    made = [
+        AheadOfTime(name, network, cache_folder(), options, made_by=build.spec.optimizations)
+        for name, network in networks.items()
+    ]
+    for each, network in zip(made, networks.values(), strict=True):
+        network.forward = each
+
+    def proof() -> dict[str, Any]:
+        if idle := [each.name for each in made if not each.packages]:
+            raise RuntimeError(f"ahead_of_time: nothing was compiled or loaded of {', '.join(idle)}")
+        accounts = [each.account() for each in made]
+        return {name: sum(account[name] for account in accounts) for name in accounts[0]}
+
+    build.proofs["ahead_of_time"] = proof
+    return {"mode": build.spec.compile_mode, "options": options, "modules": list(networks)}
 
 
 MOST_GRAPHS = 32 * graphs.MOST  # SDXL has some 20 for each size and batch

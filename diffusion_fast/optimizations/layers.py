@@ -297,7 +297,12 @@ def _to_pil_from_bytes(
 
 
 # Compiling the whole denoiser would take in the question whether its prompt is a new one: regional_compile doesn't.
-@optimization(stage="hoist", excludes=("compile",), imports=("diffusion_fast.projections",), takes_adapters=False)
+@optimization(
+    stage="hoist",
+    excludes=("compile", "ahead_of_time"),
+    imports=("diffusion_fast.projections",),
+    takes_adapters=False,
+)
 def prompt_projections(build: Build) -> dict[str, Any]:
     """Project the prompt to keys and values when it is a new one, not in every step: they are the same in all.
 

@@ -57,7 +57,7 @@ LEAST_ROWS = {"cuda": 256, "cpu": 17}
 
 @optimization(
     stage="quantize",
-    requires=("bf16", ("compile", "regional_compile")),
+    requires=("bf16", ("compile", "regional_compile", "ahead_of_time")),
     excludes=("int8_dynamic",),
     min_capability=(8, 9),
     imports=("diffusion_fast.eight_bits",),
@@ -76,7 +76,7 @@ def fp8_rows(build: Build) -> dict[str, Any]:
 
 @optimization(
     stage="quantize",
-    requires=("bf16", ("compile", "regional_compile")),
+    requires=("bf16", ("compile", "regional_compile", "ahead_of_time")),
     excludes=("int8_dynamic", "fp8_rows"),
     min_capability=(9, 0),
     imports=("diffusion_fast.eight_bits",),
@@ -94,7 +94,7 @@ def int8_rows(build: Build) -> dict[str, Any]:
 
 @optimization(
     stage="quantize",
-    requires=("bf16", "channels_last", ("compile", "regional_compile")),
+    requires=("bf16", "channels_last", ("compile", "regional_compile", "ahead_of_time")),
     min_capability=(9, 0),
     imports=("diffusion_fast.eight_bits",),
     model_needs="unet",
