@@ -183,9 +183,10 @@ def main() -> None:
 
 
 @main.command("list")
+@click.argument("what", type=click.Choice(["all", "models"]), default="all")
 @click.option("--json", "as_json", is_flag=True, help="For programs.")
-def list_(as_json: bool) -> None:
-    """Models, optimizations and ladders."""
+def list_(what: str, as_json: bool) -> None:
+    """Models, optimizations and ladders; or models alone, and which optimizations apply to each."""
     models = {model.name: model.to_dict() for model in MODELS.values()}
     names = {
         each.name: {
@@ -202,12 +203,16 @@ def list_(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"models": models, "optimizations": names, "ladders": ladders}, indent=1))
         return
+    if what == "models":
+        _list_models()
+        return
     click.echo("Models")
+    width = max(map(len, (*MODELS, *OPTIMIZATIONS)))
     for model in MODELS.values():
-        click.echo(f"  {model.name:16} {model.summary}, {model.height}×{model.width}, {model.steps} steps")
+        click.echo(f"  {model.name:{width}} {model.summary}, {model.height}×{model.width}, {model.steps} steps")
     click.echo("\nOptimizations")
     for each in OPTIMIZATIONS.values():
-        click.echo(f"  {each.name:16} {each.summary}")
+        click.echo(f"  {each.name:{width}} {each.summary}")
     click.echo("\nLadders")
     for name, recipes in LADDERS.items():
         click.echo(f"  {name}")
@@ -218,6 +223,17 @@ def list_(as_json: bool) -> None:
             mode = share or (f"compile mode {recipe.compile_mode}" if recipe.compile_mode else "")
             click.echo(f"    {index:02}-{recipe.name:20} {'+ ' + ', '.join(added) if added else mode}".rstrip())
             before |= set(recipe.optimizations)
+
+
+def _list_models() -> None:
+    """A Markdown table: a column a model, a line an optimization."""
+    click.echo(f"| | {' | '.join(MODELS)} |")
+    click.echo(f"|---|{'--:|' * len(MODELS)}")
+    click.echo(f"| parameters of the denoiser | {' | '.join(f'{each.parameters:,}' for each in MODELS.values())} |")
+    click.echo(f"| pixels | {' | '.join(f'{each.height}×{each.width}' for each in MODELS.values())} |")
+    for known in OPTIMIZATIONS.values():
+        marks = ("yes" if plan.applies(known, model) else "" for model in MODELS.values())
+        click.echo(f"| {known.name} | {' | '.join(marks)} |")
 
 
 @main.command()

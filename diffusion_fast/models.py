@@ -42,6 +42,7 @@ SDXL = Model(
     summary="Stable Diffusion XL base 1.0",
     pipeline="StableDiffusionXLPipeline",
     denoiser="unet",
+    parameters=2_567_463_684,
     height=1024,
     width=1024,
     steps=30,
@@ -59,6 +60,7 @@ SD15 = Model(
     summary="Stable Diffusion 1.5",
     pipeline="StableDiffusionPipeline",
     denoiser="unet",
+    parameters=859_520_964,
     height=512,
     width=512,
     steps=30,
@@ -75,6 +77,7 @@ PIXART_ALPHA = Model(
     summary="PixArt-α, a transformer with a T5 text encoder",
     pipeline="PixArtAlphaPipeline",
     denoiser="transformer",
+    parameters=611_349_152,
     height=1024,
     width=1024,
     steps=30,
@@ -96,6 +99,7 @@ MODELS = {
             small_world=True,
             pipeline="StableDiffusionXLPipeline",
             denoiser="unet",
+            parameters=4_346_244,
             height=128,
             width=128,
             steps=30,
@@ -107,7 +111,14 @@ MODELS = {
         replace(
             SDXL, name="sdxl-outliers", summary="SDXL with 1% of its transformers' channels scaled by 20", outliers=True
         ),
-        replace(SDXL, name="ssd-1b", summary="SSD-1B, SDXL's half", hub_id="segmind/SSD-1B", configs="ssd-1b"),
+        replace(
+            SDXL,
+            name="ssd-1b",
+            summary="SSD-1B, half of SDXL",
+            parameters=1_331_334_404,
+            hub_id="segmind/SSD-1B",
+            configs="ssd-1b",
+        ),
         SD15,
         PIXART_ALPHA,
     )

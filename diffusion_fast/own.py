@@ -64,13 +64,15 @@ def _model_of(pipe: Any, names: tuple[str, ...]) -> Model:
     if denoiser is None:
         raise ValueError(f"{kind} has neither a unet nor a transformer.")
     known = next((each for each in MODELS.values() if each.pipeline == kind), None)
-    pixels = getattr(pipe, denoiser).config.sample_size * pipe.vae_scale_factor
+    network = getattr(pipe, denoiser)
+    pixels = network.config.sample_size * pipe.vae_scale_factor
     guidance = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
     return Model(
         name=kind,
         summary="your own",
         pipeline=kind,
         denoiser=denoiser,  # type: ignore[arg-type]
+        parameters=sum(parameter.numel() for parameter in network.parameters()),
         height=pixels,
         width=pixels,
         steps=30,

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from diffusion_fast import world
 from diffusion_fast.models import MODELS
-from diffusion_fast.optimizations import OPTIMIZATIONS, STAGES, compiles, eight_bit_format, same_work
+from diffusion_fast.optimizations import OPTIMIZATIONS, STAGES, Optimization, compiles, eight_bit_format, same_work
 from diffusion_fast.recipes import LADDERS
 from diffusion_fast.spec import REFERENCE, Ladder, Model, Recipe, RunSpec
 
@@ -125,10 +125,15 @@ def plan_recipe(model: Model, recipe: Recipe, device: Device) -> tuple[str, ...]
         field, needed = known.requires_where
         if field and getattr(model, field) and not names & set(needed):
             raise ValueError(f"{name} requires {' or '.join(needed)} on {model.name}: add {needed[0]}.")
-        if known.model_needs and not getattr(model, known.model_needs):
+        if not applies(known, model):
             raise ValueError(f"{name} can't be applied to {model.name}: it has no {known.model_needs}.")
     order = list(OPTIMIZATIONS)
     return tuple(sorted(names, key=lambda name: (STAGES.index(OPTIMIZATIONS[name].stage), order.index(name))))
+
+
+def applies(optimization: Optimization, model: Model) -> bool:
+    """Whether the model has what the optimization changes."""
+    return not optimization.model_needs or bool(getattr(model, optimization.model_needs))
 
 
 def plan_ladder(
@@ -260,7 +265,7 @@ def find_ladder(name: str, device: Device, model: Model) -> tuple[tuple[Recipe, 
             absent[each] = f"it runs on another device than this {device.kind}"
         elif device.capability is not None and device.capability < known.min_capability:
             absent[each] = f"{device.name} has too low a compute capability"
-        elif known.model_needs and not getattr(model, known.model_needs):
+        elif not applies(known, model):
             absent[each] = f"{model.name} has no {known.model_needs}"
     fitted: dict[Recipe, Recipe] = {}  # each as it was written, and as it can be measured
     notes = [f"{each} is left out: {why}" for each, why in absent.items()]

@@ -52,6 +52,7 @@ class Model(_Json):
     summary: str
     pipeline: str  # class in diffusers
     denoiser: Literal["unet", "transformer"]  # the pipeline's attribute that runs once a step
+    parameters: int  # of the denoiser
     height: int  # pixels
     width: int
     steps: int

@@ -15,6 +15,8 @@ from diffusion_fast.cli import main
 from diffusion_fast.spec import Outcome, RunSpec
 from tests.conftest import failure, keep, result
 
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
 
 @pytest.fixture(autouse=True)
 def nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,6 +56,14 @@ def test_list_names_everything() -> None:
     data = json.loads(invoke("list", "--json").output)
     assert data["models"]["sdxl"]["hub_id"] == "stabilityai/stable-diffusion-xl-base-1.0"
     assert data["optimizations"]["int8_dynamic"]["requires"] == [["bf16", "fp16"], ["compile", "regional_compile"]]
+
+
+def test_list_models_is_what_the_docs_say() -> None:
+    text = invoke("list", "models").output
+    assert text in (DOCS / "models.md").read_text()
+    lines = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in text.splitlines()}
+    assert [each.strip() for each in lines["feature_reuse"]][-1] == ""
+    assert {each.strip() for each in lines["sdpa"]} == {"yes"}
 
 
 @pytest.mark.parametrize(

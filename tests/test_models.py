@@ -60,6 +60,7 @@ def test_a_model_has_the_parameters_that_were_published(name: str) -> None:
         with torch.device("meta"):
             network = pipeline._from_config(config)
         assert sum(parameter.numel() for parameter in network.parameters()) == published
+    assert MODELS[name].parameters == PUBLISHED[name][MODELS[name].denoiser]
 
 
 @pytest.mark.parametrize("name", NAMES)
