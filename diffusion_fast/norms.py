@@ -31,6 +31,9 @@ class ImageGroupNorm(torch.nn.Module):
         self.weight, self.bias = norm.weight, norm.bias
         self.register_parameter("x_bias", x_bias)
 
+    def extra_repr(self) -> str:
+        return f"groups={self.groups}, eps={self.eps}, silu={self.silu}"
+
     def forward(self, x: torch.Tensor, embedding: torch.Tensor | None = None) -> torch.Tensor:
         """x: (images, channels, height, width); embedding: (images, channels), added to x. Returns x's shape, NHWC."""
         given = self.groups, self.weight, self.bias, self.eps, self.silu, self.x_bias, embedding

@@ -24,7 +24,8 @@ def optimize(pipe: Any, *names: str, compile_mode: str = "default", example: Map
     ControlNet's `image` for instance.
 
     Raises ValueError where these names don't go together, or not with this pipeline or device, before anything is
-    changed; RuntimeError where one has no effect. Then what was applied before it stays applied.
+    changed; RuntimeError where one finds nothing to change. Then what was applied before it stays applied. What shows
+    in a call alone, that a graph was compiled or captured, is not checked, as it is in a measurement.
     """
     import torch
 
@@ -47,6 +48,7 @@ def optimize(pipe: Any, *names: str, compile_mode: str = "default", example: Map
     recipe = Recipe("own", tuple(wanted))
     spec = plan_ladder("own", (recipe,), model, _device_of(pipe), settings).rungs[0]
     _refuse(pipe, model, spec.optimizations)
+    pipe._optimized_by_diffusion_fast = True
 
     build = Build(model, spec, dtype=dtype, example=arguments, pipe=pipe)
     with torch.no_grad():
@@ -65,8 +67,11 @@ def _model_of(pipe: Any, names: tuple[str, ...]) -> Model:
         raise ValueError(f"{kind} has neither a unet nor a transformer.")
     known = next((each for each in MODELS.values() if each.pipeline == kind), None)
     network = getattr(pipe, denoiser)
-    pixels = network.config.sample_size * pipe.vae_scale_factor
-    guidance = inspect.signature(type(pipe).__call__).parameters["guidance_scale"].default
+    latents = network.config.get("sample_size")
+    guidance = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+    if not isinstance(latents, int) or not hasattr(pipe, "vae_scale_factor") or guidance is None:
+        raise ValueError(f"{kind} isn't known here: its own size of pictures and guidance can't be told.")
+    pixels = latents * pipe.vae_scale_factor
     return Model(
         name=kind,
         summary="your own",
@@ -76,7 +81,7 @@ def _model_of(pipe: Any, names: tuple[str, ...]) -> Model:
         height=pixels,
         width=pixels,
         steps=30,
-        guidance_scale=guidance,
+        guidance_scale=guidance.default,
         least_steps=known.least_steps if known else 1,
         call_arguments=known.call_arguments if known else (),
     )
@@ -92,6 +97,15 @@ def _device_of(pipe: Any) -> Device:
 
 def _refuse(pipe: Any, model: Model, names: tuple[str, ...]) -> None:
     """Raise ValueError for what can't be done to a pipeline that is there already."""
+    if getattr(pipe, "_optimized_by_diffusion_fast", False):
+        raise ValueError("This pipeline has been optimized already: give all names at once.")
+    own = {
+        type(processor).__name__
+        for network in (getattr(pipe, model.denoiser), pipe.vae)
+        for processor in getattr(network, "attn_processors", {}).values()
+    }
+    if strange := own - PLAIN:
+        raise ValueError(f"{min(strange)} computes attention in this pipeline, and would be lost: take it out first.")
     for name in names:
         if name in LATE:
             raise ValueError(f"{name} can't be applied to a pipeline of your own: {LATE[name]}.")
@@ -103,4 +117,6 @@ def _refuse(pipe: Any, model: Model, names: tuple[str, ...]) -> None:
         )
 
 
+# diffusers' own processors, that compute attention and nothing else: not an IP-Adapter's, for instance.
+PLAIN = {"AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0"}
 LATE = {"guidance_cutoff": "it works by an argument of each call"}

@@ -156,6 +156,8 @@ def plan_ladder(
     for what in ("height", "width"):
         if (getattr(settings, what) or 8) % 8:
             raise ValueError(f"{what} must be a multiple of 8, not {getattr(settings, what)}.")
+    if settings.steps is not None and settings.steps < model.least_steps:
+        raise ValueError(f"{model.name} can't be run with fewer than {model.least_steps} steps.")
     scale = model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
     prompt = model.prompt if settings.prompt is None else settings.prompt
     if model.small_world and world.parse(prompt) is None:
@@ -186,7 +188,7 @@ def plan_ladder(
             device=device.kind,  # type: ignore[arg-type]
             compile_mode=_compile_mode(recipe, settings, device),
             prompt=prompt,
-            steps=max(1, round(recipe.steps_share * (settings.steps or model.steps))),
+            steps=max(model.least_steps, round(recipe.steps_share * (settings.steps or model.steps))),
             batch_size=settings.batch_size,
             height=settings.height or model.height,
             width=settings.width or model.width,

@@ -67,13 +67,16 @@ def count_flops(build: Build) -> dict[str, dict[str, float]]:
         for watches in by_kind.values():
             stack.enter_context(watches.on("text_encoding", pipe, "encode_prompt"))
             stack.enter_context(watches.on("denoising_step", build.denoiser, "forward"))
-            for _, owner, attribute in build.prompt_calls:  # a step's work, wherever it is done
-                stack.enter_context(watches.on("denoising_step", owner, attribute))
+            for _, owner, attribute in build.prompt_calls:  # a step's work, done once
+                stack.enter_context(watches.on("prompt", owner, attribute))
             stack.enter_context(watches.on("vae_decode", pipe.vae, "decode"))
         call(replace(build, spec=replace(build.spec, steps=steps, batch_size=1)))
     images = build.spec.batch_size
-    times = dict(zip(PARTS, (1, images / steps, images), strict=True))
-    return {part: {kind: times[part] * watches.totals[part] for kind, watches in by_kind.items()} for part in PARTS}
+    times = {"text_encoding": 1, "denoising_step": images / steps, "vae_decode": images}
+    found = {part: {kind: times[part] * each.totals[part] for kind, each in by_kind.items()} for part in PARTS}
+    for kind, watches in by_kind.items():
+        found["denoising_step"][kind] += images * watches.totals.get("prompt", 0.0)
+    return found
 
 
 def ceilings(build: Build) -> dict[str, float]:

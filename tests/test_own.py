@@ -14,6 +14,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
 )
+from diffusers.models.attention_processor import AttnProcessor2_0
 from peft import LoraConfig
 from PIL import Image
 
@@ -118,6 +119,31 @@ def test_what_is_impossible_is_refused_before_anything_is_changed(
         diffusion_fast.optimize(pipe, "sdpa" if "fused_qkv" not in names else "channels_last", *names)
     assert pipe.unet.attn_processors == processors
     assert pipe.unet.dtype == torch.float32
+
+
+def test_a_second_time_is_refused(pipe: Any) -> None:
+    diffusion_fast.optimize(pipe, "sdpa", "fused_qkv")
+    before = painted(pipe)
+    with pytest.raises(ValueError, match="has been optimized already: give all names at once"):
+        diffusion_fast.optimize(pipe, "sdpa", "channels_last")
+    assert (painted(pipe) == before).all()
+
+
+def test_attention_that_does_more_is_not_thrown_away(pipe: Any) -> None:
+    class Watching(AttnProcessor2_0):
+        pass
+
+    pipe.unet.set_attn_processor(Watching())
+    with pytest.raises(ValueError, match="Watching computes attention in this pipeline, and would be lost"):
+        diffusion_fast.optimize(pipe, "sdpa")
+
+
+@pytest.mark.parametrize("names", [("prompt_projections",), ("regional_compile", "int8_rows")])
+def test_a_call_that_fails_leaves_no_hooks(pipe: Any, names: tuple[str, ...]) -> None:
+    pipe.to(torch.bfloat16)
+    with pytest.raises(ValueError, match="`prompt` has to be of type"):
+        diffusion_fast.optimize(pipe, "sdpa", *names, example={"prompt": 1})
+    assert not any(module._forward_pre_hooks for module in pipe.unet.modules())
 
 
 def test_a_pipeline_without_a_denoiser_is_refused(pipe: Any) -> None:

@@ -253,3 +253,10 @@ def test_exclusive_is_about_a_gpu_and_refuses_company(monkeypatch: pytest.Monkey
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     with pytest.raises(ValueError, match="doesn't say which processes"):
         plan.refuse_company(H100)
+
+
+def test_fewer_steps_than_a_pipeline_can_make_are_refused() -> None:
+    with pytest.raises(ValueError, match="pixart-alpha can't be run with fewer than 2 steps"):
+        planned(model="pixart-alpha", steps=1)
+    shortest = min(spec.steps for spec in planned("turbo", H100, "pixart-alpha", steps=5).rungs)
+    assert shortest == 2

@@ -7,6 +7,7 @@ import inspect
 import math
 import time
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from diffusion_fast import graphs
@@ -29,7 +30,7 @@ def sdpa(build: Build) -> dict[str, Any]:
             if kinds != {AttnProcessor2_0}:
                 raise RuntimeError(f"sdpa: {name} still attends by {sorted(kind.__name__ for kind in kinds)}")
             changed += len(network.attn_processors)
-        elif hasattr(network, "set_attn_implementation"):
+        elif name.startswith("text_encoder"):
             network.set_attn_implementation("sdpa")
             if network.config._attn_implementation != "sdpa":
                 raise RuntimeError(f"sdpa: {name} still attends by {network.config._attn_implementation}")
@@ -40,7 +41,8 @@ def sdpa(build: Build) -> dict[str, Any]:
 KERNELS = ("cudnn", "flash", "mem_efficient")  # of PyTorch's; the last takes what the others don't, and stays allowed
 
 
-@optimization(stage="attention", requires=("bf16", "sdpa"), devices=("cuda",))
+# Behind fused_qkv, which changes how queries, keys and values lie in memory.
+@optimization(stage="swap", requires=("bf16", "sdpa"), devices=("cuda",))
 def attention_backend(build: Build) -> dict[str, Any]:
     """Time PyTorch's attention kernels on what the denoiser attends to, and allow the fastest in the others' place.
 
@@ -50,9 +52,17 @@ def attention_backend(build: Build) -> dict[str, Any]:
 
     start = time.perf_counter()
     calls = _attention_calls(build)
-    seconds = {name: _attention_seconds(name, calls) for name in KERNELS}
+    by_layer = {name: _attention_seconds(name, calls) for name in KERNELS}
     graphs.forget(())
-    best = min(KERNELS, key=seconds.__getitem__)
+    others = by_layer[KERNELS[-1]]  # takes what one of the others can't do
+    seconds = {
+        name: sum(
+            count * min(found[each], others[each] if found[each] == math.inf else math.inf)
+            for each, count in calls.items()
+        )
+        for name, found in by_layer.items()
+    }
+    best = min(reversed(KERNELS), key=seconds.__getitem__)
     if seconds[best] == math.inf:
         raise RuntimeError("attention_backend: none of PyTorch's fused kernels can do all of this denoiser's attention")
     for name in KERNELS:
@@ -65,15 +75,16 @@ def attention_backend(build: Build) -> dict[str, Any]:
 
 
 def _attention_calls(build: Build) -> Counter[tuple[Any, ...]]:
-    """Shapes and strides of query, key and value in one step of the denoiser, and how often each comes."""
+    """Shapes and strides of query, key, value and mask (or None) in a step of the denoiser, and how often they come."""
     import torch
 
     functional, calls = torch.nn.functional, Counter[tuple[Any, ...]]()
     attend = functional.scaled_dot_product_attention
 
-    def noting(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
-        calls[tuple((tuple(each.shape), each.stride()) for each in (query, key, value))] += 1
-        return attend(query, key, value, *args, **kwargs)
+    def noting(query: Any, key: Any, value: Any, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
+        given = (query, key, value, attn_mask)
+        calls[tuple(None if each is None else (tuple(each.shape), each.stride()) for each in given)] += 1
+        return attend(query, key, value, attn_mask, *args, **kwargs)
 
     def begin(*_: Any) -> None:
         calls.clear()
@@ -94,8 +105,8 @@ def _attention_calls(build: Build) -> Counter[tuple[Any, ...]]:
 CALLS = 20  # in one graph: a launch of them takes the host a fraction of what they take the GPU
 
 
-def _attention_seconds(kernel: str, calls: Counter[tuple[Any, ...]]) -> float:
-    """Seconds of the GPU for a step's attention by one of KERNELS, on random numbers; infinite where it can't do some.
+def _attention_seconds(kernel: str, layers: Iterable[tuple[Any, ...]]) -> dict[tuple[Any, ...], float]:
+    """Seconds of the GPU for each layer's attention by one of KERNELS, on random numbers; infinite where it can't.
 
     The host would need longer to launch the small ones than the GPU to compute them, and all kernels look alike.
     """
@@ -108,9 +119,9 @@ def _attention_seconds(kernel: str, calls: Counter[tuple[Any, ...]]) -> float:
         "flash": SDPBackend.FLASH_ATTENTION,
         "mem_efficient": SDPBackend.EFFICIENT_ATTENTION,
     }[kernel]
-    total = 0.0
-    for layouts, count in calls.items():
-        given = [torch.empty_strided(*each, device="cuda", dtype=torch.bfloat16).normal_() for each in layouts]
+    seconds = {}
+    for layouts in layers:
+        given = [each and torch.empty_strided(*each, device="cuda", dtype=torch.bfloat16).normal_() for each in layouts]
 
         def attend(given: list[Any] = given) -> list[Any]:
             return [torch.nn.functional.scaled_dot_product_attention(*given) for _ in range(CALLS)]
@@ -119,9 +130,11 @@ def _attention_seconds(kernel: str, calls: Counter[tuple[Any, ...]]) -> float:
             with sdpa_kernel(backend):
                 replay, _ = graphs.record_on_gpu(attend)
         except RuntimeError:  # that there is no such kernel for these shapes
-            return math.inf
-        total += count * Timer("replay()", globals={"replay": replay}).blocked_autorange(min_run_time=0.05).median
-    return total / CALLS
+            seconds[layouts] = math.inf
+            continue
+        timer = Timer("replay()", globals={"replay": replay})
+        seconds[layouts] = timer.blocked_autorange(min_run_time=0.05).median / CALLS
+    return seconds
 
 
 @optimization(stage="layout")
@@ -268,7 +281,7 @@ def group_norm_kernels(build: Build) -> dict[str, Any]:
     account = Counter[str]()
     for network in (build.denoiser, build.pipe.vae.decoder):
         account.update(norms.replace_group_norms(network))
-    if not account["group_norms"]:
+    if not account["group_norms"] and "tiny_vae" not in build.spec.optimizations:  # which has none
         raise RuntimeError("group_norm_kernels: neither the denoiser nor the VAE's decoder has a group norm of images")
     return dict(account)
 

@@ -111,7 +111,7 @@ def fp8_convolutions(build: Build) -> dict[str, Any]:
 
 @optimization(
     stage="quantize",
-    requires=("bf16", "channels_last", ("compile", "regional_compile")),
+    requires=("bf16", "channels_last", ("compile", "regional_compile", "ahead_of_time")),
     excludes=("fp8_convolutions",),
     min_capability=(9, 0),
     imports=("diffusion_fast.eight_bits",),
@@ -208,7 +208,9 @@ def _rows_per_linear(build: Build) -> dict[Any, int]:
         for module in network.modules()
         if isinstance(module, torch.nn.Linear)
     ]
-    build.short_call()
-    for hook in hooks:
-        hook.remove()
+    try:
+        build.short_call()
+    finally:
+        for hook in hooks:
+            hook.remove()
     return rows

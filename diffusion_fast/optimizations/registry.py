@@ -50,8 +50,8 @@ class Build:
             "width": spec.width,
             "num_images_per_prompt": spec.batch_size,
         }
-        arguments |= dict(self.model.call_arguments) | self.example
-        self.pipe(**arguments, num_inference_steps=self.model.least_steps)
+        arguments |= {"num_inference_steps": self.model.least_steps, **dict(self.model.call_arguments), **self.example}
+        self.pipe(**arguments)
 
     def launched(self) -> list[tuple[str, Any, str]]:
         """What computes on the device with nothing for the host to decide meanwhile: name, owner, attribute.
