@@ -13,6 +13,9 @@ from diffusion_fast.plan import Device, Settings, plan_ladder
 from diffusion_fast.spec import DTYPES, Model, Recipe
 
 DENOISERS = ("unet", "transformer")
+# diffusers' own processors, that compute attention and nothing else: not an IP-Adapter's, for instance.
+PLAIN = {"AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0"}
+LATE = {"guidance_cutoff": "it works by an argument of each call"}
 
 
 def optimize(pipe: Any, *names: str, compile_mode: str = "default", example: Mapping[str, Any] | None = None) -> Any:
@@ -29,7 +32,7 @@ def optimize(pipe: Any, *names: str, compile_mode: str = "default", example: Map
     """
     import torch
 
-    model = _model_of(pipe, names)
+    model = _model_of(pipe)
     arguments = dict(example or {})
     dtype = str(getattr(pipe, model.denoiser).dtype).removeprefix("torch.")
     converted = bool(set(names) & set(DTYPES))
@@ -59,7 +62,7 @@ def optimize(pipe: Any, *names: str, compile_mode: str = "default", example: Map
     return pipe
 
 
-def _model_of(pipe: Any, names: tuple[str, ...]) -> Model:
+def _model_of(pipe: Any) -> Model:
     """What optimizations ask of a model, of this pipeline: what is known of its class, and its own numbers."""
     kind = type(pipe).__name__
     denoiser = next((each for each in DENOISERS if getattr(pipe, each, None) is not None), None)
@@ -115,8 +118,3 @@ def _refuse(pipe: Any, model: Model, names: tuple[str, ...]) -> None:
             f"{' and '.join(stubborn)} would leave the adapter out: fuse it into the weights first, by "
             "pipe.fuse_lora() and pipe.unload_lora_weights()."
         )
-
-
-# diffusers' own processors, that compute attention and nothing else: not an IP-Adapter's, for instance.
-PLAIN = {"AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0"}
-LATE = {"guidance_cutoff": "it works by an argument of each call"}
