@@ -9,7 +9,8 @@ from diffusers.models.activations import GEGLU
 from diffusers.models.attention import FeedForward
 
 from diffusion_fast import operators
-from diffusion_fast.gated import GatedLinear, replace_modules
+from diffusion_fast.gated import GatedLinear
+from diffusion_fast.modules import replace_modules
 
 if torch.version.cuda is not None:
     import diffusion_fast.kernels  # noqa: F401 - CUDA tensors go to them from here on

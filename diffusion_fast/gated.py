@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
 
 from diffusion_fast import operators
+from diffusion_fast.modules import replace_modules
 
 if torch.version.cuda is not None:
     import diffusion_fast.kernels  # noqa: F401 - CUDA tensors go to them from here on
@@ -63,15 +63,3 @@ def _checked(geglu: GEGLU) -> GEGLU:
 
 def _frozen(rows: torch.Tensor) -> torch.nn.Parameter:
     return torch.nn.Parameter(rows, requires_grad=False)
-
-
-def replace_modules(network: Any, make: Callable[[Any], Any]) -> int:
-    """Put what `make` makes of a module in its place, under all of its names. Returns how many were replaced."""
-    made: dict[Any, Any] = {}
-    for name, module in list(network.named_modules(remove_duplicate=False)):
-        if module not in made:
-            made[module] = make(module)
-        if made[module] is not None:
-            owner, _, attribute = name.rpartition(".")
-            setattr(network.get_submodule(owner), attribute, made[module])
-    return sum(new is not None for new in made.values())

@@ -28,6 +28,7 @@ from diffusion_fast.operators import (
     check_scaled_geglu,
     convolution_nhwc,
     convolved_shape,
+    empty_gated,
     empty_images,
     empty_rows,
     geglu_quantize_rows,
@@ -323,6 +324,13 @@ def _described(tensor: torch.Tensor) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), strides, [1] * tensor.ndim)
 
 
+def _check_rows(w: torch.Tensor) -> None:
+    """ValueError where the copy engine can't read the rows."""
+    size = w.shape[1] * w.element_size()
+    if size % 16:
+        raise ValueError(f"a product of rows of {size} bytes: they have to be a multiple of 16")
+
+
 def launch_scaled_matmul(
     q: torch.Tensor,
     w: torch.Tensor,
@@ -354,8 +362,7 @@ def launch_triton_matmul(
     """`scaled_matmul` by its Triton kernel. ValueError where the copy engine can't read the rows."""
     check_matmul(q, w, scale_q, scale_w, bias)
     columns, depth = w.shape
-    if depth % 16:
-        raise ValueError(f"a product of rows of {depth} bytes: they have to be a multiple of 16")
+    _check_rows(w)
     out = torch.empty((*q.shape[:-1], columns), dtype=out_dtype, device=q.device)
     if out.numel():
         flat = q.reshape(-1, depth).contiguous()
@@ -451,9 +458,8 @@ def _launch_geglu(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     columns, depth = w.shape
-    if depth * w.element_size() % 16:
-        raise ValueError(f"a product of rows of {depth * w.element_size()} bytes: they have to be a multiple of 16")
-    out = torch.empty((*x.shape[:-1], columns // 2), dtype=out_dtype, device=x.device)
+    _check_rows(w)
+    out = empty_gated(x, w, out_dtype)
     if out.numel():
         flat = x.reshape(-1, depth).contiguous()
 

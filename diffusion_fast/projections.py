@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from diffusion_fast import graphs
+from diffusion_fast.modules import replace_modules
 
 MOST = graphs.MOST  # shapes of prompts; each keeps what all layers make of one
 
@@ -44,10 +45,7 @@ class PromptProjections:
     def __init__(self, denoiser: Any, layers: Iterable[torch.nn.Module], position: int) -> None:
         """`position` of the prompt, `encoder_hidden_states`, among the denoiser's arguments."""
         places = {layer: Projection(layer) for layer in layers}
-        for name, module in list(denoiser.named_modules(remove_duplicate=False)):
-            if module in places:
-                owner, _, attribute = name.rpartition(".")
-                setattr(denoiser.get_submodule(owner), attribute, places[module])
+        replace_modules(denoiser, places.get)
         self.projections = list(places.values())
         self.position = position
         self.prompt: torch.Tensor | None = None  # held, so that no other tensor can come to be at its address

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_fast import spool
-from diffusion_fast.optimizations import OPTIMIZATIONS, Build, eight_bit_format
+from diffusion_fast.modules import place
+from diffusion_fast.optimizations import OPTIMIZATIONS, eight_bit_format
 from diffusion_fast.spec import DTYPES, RunSpec
 from diffusion_fast.worker import end_with_parent
 
@@ -63,11 +64,8 @@ def measure(spec: RunSpec, target: float | None, tell: Any) -> dict[str, Any]:
     name_of_format = eight_bit_format(spec.optimizations)
     number_format = eight_bits.FORMATS[name_of_format]
     # In eager mode: a layer more or less would be compiled anew each time.
-    left_out = {
-        *DTYPES,
-        "tf32",
-        "fused_geglu",
-    }  # whose kernel is for 16 bits; the layers have the same names without it
+    # fused_geglu's kernel is for 16 bits, and the layers have the same names without it.
+    left_out = {*DTYPES, "tf32", "fused_geglu"}
     plain = tuple(
         name for name in spec.optimizations if OPTIMIZATIONS[name].stage not in LATER and name not in left_out
     )
@@ -82,7 +80,7 @@ def measure(spec: RunSpec, target: float | None, tell: Any) -> dict[str, Any]:
 
     def error_of(names: Iterable[str]) -> float:
         """What a step loses when these layers, and no others, are quantized."""
-        places = [(*_place(build, name), linears[name]) for name in names]
+        places = [(*place(build.denoiser, name), linears[name]) for name in names]
         for owner, attribute, linear in places:
             setattr(owner, attribute, eight_bits.RowwiseLinear(linear, number_format))
         after = onestep.replay(build, steps)
@@ -115,12 +113,6 @@ def measure(spec: RunSpec, target: float | None, tell: Any) -> dict[str, Any]:
 
 
 LATER = ("quantize", "hoist", "inductor", "compile", "approximate", "capture")
-
-
-def _place(build: Build, name: str) -> tuple[Any, str]:
-    """The module that holds a layer, and the attribute that it is."""
-    owner, _, attribute = name.rpartition(".")
-    return build.denoiser.get_submodule(owner), attribute
 
 
 def read_kept(path: Path, model: str) -> tuple[str, ...]:

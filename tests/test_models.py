@@ -49,7 +49,7 @@ APPLICABLE = [
     if name != "ahead_of_time"
     and "cpu" in known.devices
     and known.model_needs in ("", "unet")
-    and (not known.model_needs or MODELS[model].unet)
+    and plan.applies(known, MODELS[model])
 ]
 
 

@@ -56,10 +56,7 @@ def attention_backend(build: Build) -> dict[str, Any]:
     graphs.forget(())
     others = by_layer[KERNELS[-1]]  # takes what one of the others can't do
     seconds = {
-        name: sum(
-            count * min(found[each], others[each] if found[each] == math.inf else math.inf)
-            for each, count in calls.items()
-        )
+        name: sum(count * (others if found[each] == math.inf else found)[each] for each, count in calls.items())
         for name, found in by_layer.items()
     }
     best = min(reversed(KERNELS), key=seconds.__getitem__)
@@ -94,11 +91,9 @@ def _attention_calls(build: Build) -> Counter[tuple[Any, ...]]:
     before = build.denoiser.register_forward_pre_hook(begin)
     after = build.denoiser.register_forward_hook(lambda *_: setattr(functional, "scaled_dot_product_attention", attend))
     try:
-        build.short_call()
+        build.short_call(before, after)
     finally:
         functional.scaled_dot_product_attention = attend
-        before.remove()
-        after.remove()
     return calls
 
 
@@ -367,9 +362,5 @@ def _given_the_prompt(build: Build) -> list[Any]:
         for module in build.denoiser.modules()
         if isinstance(module, torch.nn.Linear) or type(module).__name__ == "RowwiseLinear"
     ]
-    try:
-        build.short_call()
-    finally:
-        for hook in hooks:
-            hook.remove()
+    build.short_call(*hooks)
     return [module for module, only_that in given.items() if only_that]

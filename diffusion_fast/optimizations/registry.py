@@ -40,8 +40,8 @@ class Build:
     def denoiser(self) -> Any:
         return getattr(self.pipe, self.model.denoiser)
 
-    def short_call(self) -> None:
-        """Have the pipeline make as few steps as it can, for those who look on."""
+    def short_call(self, *hooks: Any) -> None:
+        """Have the pipeline make as few steps as it can, for those who look on by `hooks`, which are removed after."""
         spec = self.spec
         arguments = {
             "prompt": spec.prompt,
@@ -51,7 +51,11 @@ class Build:
             "num_images_per_prompt": spec.batch_size,
         }
         arguments |= {"num_inference_steps": self.model.least_steps, **dict(self.model.call_arguments), **self.example}
-        self.pipe(**arguments)
+        try:
+            self.pipe(**arguments)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def launched(self) -> list[tuple[str, Any, str]]:
         """What computes on the device with nothing for the host to decide meanwhile: name, owner, attribute.
