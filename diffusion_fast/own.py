@@ -64,6 +64,8 @@ def optimize(pipe: Any, *names: str, compile_mode: str = "default", example: Map
 
 def _model_of(pipe: Any) -> Model:
     """What optimizations ask of a model, of this pipeline: what is known of its class, and its own numbers."""
+    from diffusion_fast import chained
+
     kind = type(pipe).__name__
     denoiser = next((each for each in DENOISERS if getattr(pipe, each, None) is not None), None)
     if denoiser is None:
@@ -86,6 +88,7 @@ def _model_of(pipe: Any) -> Model:
         steps=30,
         guidance_scale=guidance.default,
         least_steps=known.least_steps if known else 1,
+        chained_blocks=chained.longest(network),
         call_arguments=known.call_arguments if known else (),
     )
 

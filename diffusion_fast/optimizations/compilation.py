@@ -129,7 +129,7 @@ def ahead_of_time(build: Build) -> dict[str, Any]:
 
 
 MOST_GRAPHS = 32 * graphs.MOST  # SDXL has some 20 for each size and batch
-RESIDUAL = ("ResnetBlock2D", "NormedResnetBlock2D")
+RESIDUAL = "ResnetBlock2D"
 EIGHT_BITS = ("RowwiseLinear", "ImagewiseConvolution")
 
 
@@ -142,8 +142,10 @@ def _regions(denoiser: Any) -> list[Any]:
 
     lists = [module for module in denoiser.children() if isinstance(module, ModuleList)]
     repeated = denoiser._repeated_blocks or [type(layer).__name__ for layers in lists for layer in layers]
-    blocks = {*repeated, *RESIDUAL, "Downsample2D", "Upsample2D"}
-    found = [module for module in denoiser.modules() if type(module).__name__ in blocks]
+    blocks = {*repeated, RESIDUAL, "Downsample2D", "Upsample2D"}
+    found = [
+        module for module in denoiser.modules() if blocks & {kind.__name__ for kind in type(module).__mro__}
+    ]  # a block with another forward of ours is one, too
     # An eight-bit layer is several kernels unless it is compiled, and some lie between the blocks.
     found += [module for module in _outside(denoiser, found) if type(module).__name__ in EIGHT_BITS]
     if not found:
