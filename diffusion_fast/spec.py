@@ -57,7 +57,11 @@ class Model(_Json):
     width: int
     steps: int
     guidance_scale: float
+    # By a second, unconditional row of each step, by an input of the denoiser, or not at all.
+    guidance: Literal["classifier-free", "embedded", "none"] = "classifier-free"
     least_steps: int = 1  # that the pipeline can make
+    multiple: int = 8  # of pixels, that height and width have to be
+    lacks: tuple[str, ...] = ()  # what most models have and an optimization may need, by the words of `model_needs`
     prompt: str = "ghibli style, a fantasy landscape with castles"  # diffusion-fast's own
     small_world: bool = False  # paints the scenes of world.py, so that what it paints can be judged
     outliers: bool = False  # a few channels are made much larger, as trained weights have them, see outliers.py
@@ -79,6 +83,10 @@ class Model(_Json):
     @property
     def unet(self) -> bool:
         return self.denoiser == "unet"
+
+    @property
+    def classifier_free_guidance(self) -> bool:
+        return self.guidance == "classifier-free"
 
 
 @dataclass(frozen=True)
