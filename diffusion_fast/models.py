@@ -84,7 +84,8 @@ PIXART_ALPHA = Model(
     guidance_scale=4.5,
     multiple=16,  # its patches are of 2×2 latents
     least_steps=2,  # after a single one it takes what schedulers of distilled models give, and others don't
-    call_arguments=(("use_resolution_binning", False),),  # it would paint another size than was asked for, and resize
+    # It would paint another size than was asked for, and resize; and read the prompt by whether bs4 is installed.
+    call_arguments=(("use_resolution_binning", False), ("clean_caption", False)),
     hub_id="PixArt-alpha/PixArt-XL-2-1024-MS",
     configs="pixart-xl-2-1024-ms",
     tiny_vae_hub_id="madebyollin/taesd",
@@ -146,7 +147,7 @@ SD35_MEDIUM = Model(
     steps=40,
     guidance_scale=4.5,
     multiple=16,
-    # diffusers' processor for fused projections knows neither the norms of its queries and keys nor its second attention.
+    # diffusers' processor for fused projections knows neither its second attention nor the norms of queries and keys.
     lacks=("fusable_projections",),
     hub_id="stabilityai/stable-diffusion-3.5-medium",
     configs="sd3.5-medium",

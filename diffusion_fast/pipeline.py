@@ -213,7 +213,8 @@ def word_tokenizer(vocabulary: int) -> Any:
             return re.findall(r"\w+|[^\w\s]", text)
 
         def _convert_token_to_id(self, token: str) -> int:
-            return self.offset + zlib.crc32(token.encode()) % (vocabulary - self.offset)
+            special = len(self.all_special_ids)
+            return special + zlib.crc32(token.encode()) % (vocabulary - special)
 
     return WordTokenizer(extra_ids=0)
 

@@ -19,7 +19,7 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """What scaled_dot_product_attention computes, in its inputs' dtype: scores, softmax, and their product with `value`.
+    """What scaled_dot_product_attention computes, in its inputs' dtype: scores, softmax, and the product with `value`.
 
     query: (..., tokens, features); key and value: (..., other tokens, features); attn_mask is added to the scores.
     Raises NotImplementedError for what no denoiser here asks for. Vaswani et al. 2017, https://arxiv.org/abs/1706.03762

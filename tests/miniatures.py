@@ -128,5 +128,5 @@ def miniature(name: str, folder: Path) -> Model:
         kind = config.get("_class_name") or config["architectures"][0]
         smaller = SMALLER.get(kind, lambda _: {})
         (folder / file.name).write_text(json.dumps(config | smaller(config)))
-    pixels = max(64, 6 * model.multiple)  # enough rows for eight bits
+    pixels = max(64, min(6 * model.multiple, 128))  # enough rows for eight bits
     return replace(model, configs=str(folder), height=pixels, width=pixels, int8_excluded_shapes=())
