@@ -148,9 +148,15 @@ def distance(one: Any, other: Any) -> float:
 
 
 def _moved(value: Any, device: Any, dtype: Any = None) -> Any:
+    """A tensor elsewhere, with its repeats still one number: a time step for all rows is compiled as such."""
     import torch
 
-    return value.to(device, dtype, copy=True) if isinstance(value, torch.Tensor) else value
+    if not isinstance(value, torch.Tensor):
+        return value
+    one = value
+    for dim, stride in enumerate(value.stride()):
+        one = one.narrow(dim, 0, 1) if stride == 0 else one
+    return one.to(device, dtype, copy=True).expand(value.shape)
 
 
 def _usual(value: Any, dtype: Any) -> Any:
