@@ -205,8 +205,8 @@ MODELS = {
         PIXART_ALPHA,
         PIXART_SIGMA,
         SD35_MEDIUM,
-        FLUX_SCHNELL,
         FLUX_DEV,
+        FLUX_SCHNELL,
         SANA,
     )
 }

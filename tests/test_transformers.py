@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import diffusion_fast
 from diffusion_fast import onestep, plan, scores
 from diffusion_fast.models import MODELS
 from diffusion_fast.optimizations import OPTIMIZATIONS, Build, compilation
 from diffusion_fast.pipeline import call, word_tokenizer
 from diffusion_fast.plan import plan_recipe
+from diffusion_fast.projections import Projection
 from diffusion_fast.recipes import LADDERS
 from diffusion_fast.spec import Recipe
 from tests.conftest import CPU, H100, planned
@@ -235,3 +237,18 @@ def test_a_block_of_each_denoiser_compiles_as_one_graph(
     found = pixels(made)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert (found - eager).norm() / eager.norm() < 0.02
+
+
+@pytest.mark.parametrize("model", CLASSES)
+def test_a_pipeline_of_ones_own_takes_what_applies(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = small(model, tmp_path, monkeypatch, "sdpa")
+    before = pixels(made)
+    wanted = ("sdpa", "channels_last", "device_postprocessing", "fused_qkv", "group_norm_kernels", "prompt_projections")
+    names = [name for name in wanted if plan.applies(OPTIMIZATIONS[name], MODELS[model])]
+    size = {"height": made.spec.height, "width": made.spec.width}
+    assert diffusion_fast.optimize(made.pipe, *names, example=size) is made.pipe
+    assert (pixels(made) - before).norm() / before.norm() < 0.005
+    assert any(isinstance(module, Projection) for module in made.denoiser.modules())
+    if len(names) < len(wanted):
+        with pytest.raises(ValueError, match=f"fused_qkv can't be applied to {MODELS[model].pipeline}: it has no "):
+            diffusion_fast.optimize(small(model, tmp_path, monkeypatch, "sdpa")[0].pipe, "sdpa", "fused_qkv")
