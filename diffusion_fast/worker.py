@@ -312,7 +312,7 @@ def _phases(build: Build) -> tuple[dict[str, float], Any]:
         parts = {"denoising_s": denoising, "denoising_step_s": denoising / build.spec.steps}
         runs.append(watches.totals | parts)
     decoded = watches.first_arguments["postprocessing_s"]
-    image = pipe.image_processor.denormalize(decoded).to("cpu", torch.float32)
+    image = pipe.image_processor.denormalize(decoded).to("cpu", torch.float32).contiguous()  # as its file has to be
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}, image
 
 

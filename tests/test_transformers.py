@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion_fast
-from diffusion_fast import onestep, plan, scores
+from diffusion_fast import onestep, plan, scores, spool, worker
 from diffusion_fast.models import MODELS
 from diffusion_fast.optimizations import OPTIMIZATIONS, Build, compilation
 from diffusion_fast.pipeline import call, word_tokenizer
@@ -21,7 +21,7 @@ from diffusion_fast.projections import Projection
 from diffusion_fast.recipes import LADDERS
 from diffusion_fast.spec import Recipe
 from tests.conftest import CPU, H100, planned
-from tests.miniatures import NAMES
+from tests.miniatures import NAMES, miniature
 from tests.test_models import pixels, small
 
 TRANSFORMERS = tuple(name for name in NAMES if MODELS[name].denoiser == "transformer")
@@ -252,3 +252,25 @@ def test_a_pipeline_of_ones_own_takes_what_applies(model: str, tmp_path: Path, m
     if len(names) < len(wanted):
         with pytest.raises(ValueError, match=f"fused_qkv can't be applied to {MODELS[model].pipeline}: it has no "):
             diffusion_fast.optimize(small(model, tmp_path, monkeypatch, "sdpa")[0].pipe, "sdpa", "fused_qkv")
+
+
+@pytest.mark.parametrize("model", ["flux-dev", "sana"])
+def test_a_measurement_is_compared_with_its_reference(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process: another wouldn't know the miniature."""
+    monkeypatch.setitem(MODELS, model, miniature(model, tmp_path))
+    ladder = planned("cpu", model=model, weights="random", steps=2)
+    folder = spool.save_ladder(tmp_path / "spool", ladder)
+    (folder / "reference").mkdir()
+    worker.make_reference(ladder.reference, folder / "reference", lambda stage: None)
+    run_folder = spool.run_folder(folder, ladder.rungs[0])
+    run_folder.mkdir(parents=True)
+    result = worker.measure_rung(ladder.rungs[0], run_folder, lambda stage: None)
+    assert result.problem == ""
+    assert result.image_repeats
+    assert result.fidelity_ok
+    assert result.psnr_eager_db is not None
+    assert result.psnr_eager_db > 40
+    assert 0 < result.limits["mfu"] < 1
+    assert result.phases["text_encoding_s"] > 0
