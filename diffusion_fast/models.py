@@ -286,7 +286,8 @@ def _check_hub(hub_id: str, weights_file: str) -> None:
     """Weights in the hub's local cache need no hub."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(hub_id, weights_file), str):
+    files = weights_file, f"{weights_file}.index.json"  # large weights are several files, and an index of them
+    if any(isinstance(try_to_load_from_cache(hub_id, name), str) for name in files):
         return
     try:
         HfApi().model_info(hub_id, timeout=5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion_fast
 from diffusion_fast import onestep, plan, scores, spool, worker
-from diffusion_fast.models import MODELS
+from diffusion_fast.models import MODELS, PACKAGE, WEIGHTS_FILE, check_weights
 from diffusion_fast.optimizations import OPTIMIZATIONS, Build, compilation
-from diffusion_fast.pipeline import call, word_tokenizer
+from diffusion_fast.pipeline import _from_config, call, word_tokenizer
 from diffusion_fast.plan import plan_recipe
 from diffusion_fast.projections import Projection
 from diffusion_fast.recipes import LADDERS
@@ -106,6 +107,28 @@ def test_the_fast_ladder_on_a_gpu_has_all_that_applies(model: str) -> None:
     assert rungs["prompt"] == expected
     assert expected >= {"tf32", "bf16", "sdpa", "attention_backend", "regional_compile", "cuda_graph"}
     assert (rungs["int8"], rungs["fp8"]) == (expected | {"int8_rows"}, expected | {"fp8_rows"})
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "flux-dev"])
+def test_what_is_said_of_a_models_layers_is_so_at_its_full_size(name: str) -> None:
+    model = MODELS[name]
+    modules = []
+    for part in (model.denoiser, "vae"):
+        with torch.device("meta"):
+            config = json.loads((PACKAGE / "configs" / model.configs / f"{part}.json").read_text())
+            modules += list(_from_config(config).modules())
+    convolutions = [each for each in modules if isinstance(each, torch.nn.Conv2d) and each.kernel_size == (1, 1)]
+    small_1x1 = any(128 in (each.in_channels, each.out_channels) for each in convolutions)
+    group_norms = any(isinstance(each, torch.nn.GroupNorm) for each in modules)
+    assert small_1x1 != ("small_1x1_convolutions" in model.lacks)
+    assert group_norms != ("group_norms" in model.lacks)
+
+
+def test_weights_in_several_files_are_found_in_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = f"transformer/{WEIGHTS_FILE}.index.json"
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, name: "a path" if name == index else None)
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_, **__: pytest.fail("the hub was asked"))
+    check_weights(MODELS["flux-schnell"], "pretrained")
 
 
 # --- what is built ---------------------------------------------------------------------------------------------------
