@@ -33,7 +33,7 @@ def attend(
 
 
 class _WrittenOut(TorchFunctionMode):
-    """Within, scaled_dot_product_attention is `attend`. torch.compile traces through it."""
+    """Within, scaled_dot_product_attention is `attend`. torch.compile can't trace all that is within."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.nn.functional.scaled_dot_product_attention:
@@ -54,11 +54,16 @@ class WithScores:
 
 def write_out(network: Any) -> None:
     """Have a network of diffusers attend by explicit scores."""
-    network.set_attn_processor({name: WithScores(each) for name, each in network.attn_processors.items()})
+    found = network.attn_processors
+    network.set_attn_processor({name: each if _linear(each) else WithScores(each) for name, each in found.items()})
 
 
 def fuse(network: Any) -> int:
     """Have it attend by fused kernels again, as it was made. Returns how many layers do: linear attention has none."""
     own = {name: getattr(each, "processor", each) for name, each in network.attn_processors.items()}
     network.set_attn_processor(dict(own))
-    return sum(not isinstance(each, SanaLinearAttnProcessor2_0) for each in own.values())
+    return sum(not _linear(each) for each in own.values())
+
+
+def _linear(processor: Any) -> bool:
+    return isinstance(processor, SanaLinearAttnProcessor2_0)

@@ -61,6 +61,7 @@ class Model(_Json):
     guidance: Literal["classifier-free", "embedded", "none"] = "classifier-free"
     least_steps: int = 1  # that the pipeline can make
     multiple: int = 8  # of pixels, that height and width have to be
+    written_out: bool = False  # diffusers has no vanilla attention for its denoiser, see scores.py
     lacks: tuple[str, ...] = ()  # what most models have and an optimization may need, by the words of `model_needs`
     prompt: str = "ghibli style, a fantasy landscape with castles"  # diffusion-fast's own
     small_world: bool = False  # paints the scenes of world.py, so that what it paints can be judged

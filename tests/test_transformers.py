@@ -80,6 +80,14 @@ def test_what_a_transformer_lacks_is_refused_in_one_sentence(model: str, name: s
     assert str(refusal.value).count(".") == 1 + model.count(".")
 
 
+@pytest.mark.parametrize("name", ["compile", "regional_compile", "ahead_of_time"])
+def test_attention_that_is_written_out_is_not_compiled(name: str) -> None:
+    for model in ("flux-dev", "sd3.5-medium", "sana"):
+        with pytest.raises(ValueError, match=f"{name} requires sdpa on {model}: add sdpa"):
+            plan_recipe(MODELS[model], Recipe("mine", ("bf16", name)), CPU)
+    assert plan_recipe(MODELS["pixart-sigma"], Recipe("mine", ("bf16", name)), CPU)  # diffusers has a processor
+
+
 def test_what_needs_guidance_of_two_rows_is_not_for_models_with_another_or_none() -> None:
     cutoff = replace(OPTIMIZATIONS["guidance_cutoff"], model_needs="")
     found = {name: plan.lacked(cutoff, MODELS[name]) for name in TRANSFORMERS}
