@@ -57,8 +57,13 @@ class Model(_Json):
     width: int
     steps: int
     guidance_scale: float
+    # By a second, unconditional row of each step, by an input of the denoiser, or not at all.
+    guidance: Literal["classifier-free", "embedded", "none"] = "classifier-free"
     least_steps: int = 1  # that the pipeline can make
     chained_blocks: int = 0  # transformer blocks in a row, at most, that have plain layer norms; 0: never two
+    multiple: int = 8  # of pixels, that height and width have to be
+    written_out: bool = False  # diffusers has no vanilla attention for its denoiser, see scores.py
+    lacks: tuple[str, ...] = ()  # what most models have and an optimization may need, by the words of `model_needs`
     prompt: str = "ghibli style, a fantasy landscape with castles"  # diffusion-fast's own
     small_world: bool = False  # paints the scenes of world.py, so that what it paints can be judged
     outliers: bool = False  # a few channels are made much larger, as trained weights have them, see outliers.py
@@ -80,6 +85,10 @@ class Model(_Json):
     @property
     def unet(self) -> bool:
         return self.denoiser == "unet"
+
+    @property
+    def classifier_free_guidance(self) -> bool:
+        return self.guidance == "classifier-free"
 
 
 @dataclass(frozen=True)

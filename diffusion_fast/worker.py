@@ -111,10 +111,10 @@ def make_reference(spec: RunSpec, folder: Path, progress: Progress) -> None:
         pictures = _painted(build)[1]
         numpy.savez_compressed(folder / spool.REFERENCE_PROMPTS, pictures=pictures)
     images = {"float32": decoded}
-    for numbers in onestep.eager_in(build, {rung.numbers for rung in spool.read_ladder(folder.parent).rungs}):
-        progress(f"the same in {numbers}")
-        for step, output in zip(steps, onestep.replay(build, steps), strict=True):
-            step["eager"][numbers] = output
+    progress("the same in the rungs' number formats")
+    formats = {rung.numbers for rung in spool.read_ladder(folder.parent).rungs}
+    for numbers in onestep.floors(build, steps, formats):
+        progress(f"the image in {numbers}")
         images[numbers] = _phases(build)[1]
     partial = folder / f".{spool.REFERENCE_IMAGE}"
     save_file(images, partial)
@@ -312,7 +312,7 @@ def _phases(build: Build) -> tuple[dict[str, float], Any]:
         parts = {"denoising_s": denoising, "denoising_step_s": denoising / build.spec.steps}
         runs.append(watches.totals | parts)
     decoded = watches.first_arguments["postprocessing_s"]
-    image = pipe.image_processor.denormalize(decoded).to("cpu", torch.float32)
+    image = pipe.image_processor.denormalize(decoded).to("cpu", torch.float32).contiguous()  # as its file has to be
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}, image
 
 

@@ -56,10 +56,6 @@ def test_the_stage_decides_the_order_not_the_person() -> None:
     assert applied == ("bf16", "sdpa", "fused_qkv", "int8_dynamic", "inductor_tuning", "compile")
 
 
-# Ladders that lack a rung where a model lacks what it changes: a small VAE, a UNet, or blocks in a row.
-FEWER = {("turbo", "tiny"), ("fast", "sd15"), ("fast", "pixart-alpha"), ("turbo", "pixart-alpha")}
-
-
 def test_every_ladder_plans_for_every_model_on_a_cpu_and_on_a_gpu() -> None:
     for name in LADDERS:
         for model in MODELS:
@@ -67,7 +63,8 @@ def test_every_ladder_plans_for_every_model_on_a_cpu_and_on_a_gpu() -> None:
                 ladder = planned(name, device, model)
                 left_out = [note for note in ladder.notes if note.startswith("the rung")]
                 assert len(ladder.rungs) == len(LADDERS[name]) - len(left_out)
-                assert not left_out or (name, device) == ("fast", CPU) or (name, model) in FEWER
+                lacking = any(f"{model} has no" in note for note in ladder.notes)
+                assert not left_out or (name, device) == ("fast", CPU) or lacking
 
 
 def test_progressive_is_the_six_published_rungs() -> None:

@@ -49,7 +49,12 @@ def persistent_reductions(build: Build) -> dict[str, Any]:
 COMPILERS = ("torch._dynamo", "torch._inductor.compile_fx")
 
 
-@optimization(stage="compile", excludes=("regional_compile", "ahead_of_time"), imports=COMPILERS)
+SDPA_WHERE = ("written_out", ("sdpa",))  # what writes attention out can't be traced
+
+
+@optimization(
+    stage="compile", excludes=("regional_compile", "ahead_of_time"), imports=COMPILERS, requires_where=SDPA_WHERE
+)
 def compile(build: Build) -> dict[str, Any]:  # noqa: A001 - it is called what the field calls it
     """Compile the denoiser and the VAE's decoder by torch.compile, each as one graph.
 
@@ -65,7 +70,7 @@ def _whole_networks(build: Build) -> dict[str, Any]:
     return {build.model.denoiser: build.denoiser, "vae.decoder": build.pipe.vae.decoder}
 
 
-@optimization(stage="compile", excludes=("compile", "ahead_of_time"), imports=COMPILERS)
+@optimization(stage="compile", excludes=("compile", "ahead_of_time"), imports=COMPILERS, requires_where=SDPA_WHERE)
 def regional_compile(build: Build) -> dict[str, Any]:
     """Compile the denoiser's repeated blocks, each shape of them once, and the VAE's decoder as one graph.
 
@@ -99,6 +104,7 @@ def regional_compile(build: Build) -> dict[str, Any]:
     excludes=("compile", "regional_compile"),
     imports=("torch._inductor.package",),
     modes=("default", "max-autotune-no-cudagraphs"),
+    requires_where=SDPA_WHERE,
     takes_adapters=False,
 )
 def ahead_of_time(build: Build) -> dict[str, Any]:

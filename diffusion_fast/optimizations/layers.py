@@ -18,24 +18,34 @@ from diffusion_fast.optimizations.registry import Build, optimization
 def sdpa(build: Build) -> dict[str, Any]:
     """Compute attention by scaled_dot_product_attention: fused kernels that never write the score matrix out.
 
+    What they can't do is left as it is: a text encoder that caps its scores, and linear attention, which has none.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
     """
     from diffusers.models.attention_processor import AttnProcessor2_0
 
-    changed = 0
+    from diffusion_fast import scores
+
+    changed, left = 0, []
     for name, network in build.networks():
-        if hasattr(network, "set_attn_processor"):
+        if hasattr(network, "set_attn_processor") and not hasattr(network, "set_default_attn_processor"):
+            fused = scores.fuse(network)
+            if not fused:
+                raise RuntimeError(f"sdpa: no attention of {name} has scores")
+            changed += fused
+        elif hasattr(network, "set_attn_processor"):
             network.set_attn_processor(AttnProcessor2_0())
             kinds = {type(processor) for processor in network.attn_processors.values()}
             if kinds != {AttnProcessor2_0}:
                 raise RuntimeError(f"sdpa: {name} still attends by {sorted(kind.__name__ for kind in kinds)}")
             changed += len(network.attn_processors)
+        elif name.startswith("text_encoder") and not network._supports_sdpa:
+            left.append(name)
         elif name.startswith("text_encoder"):
             network.set_attn_implementation("sdpa")
             if network.config._attn_implementation != "sdpa":
                 raise RuntimeError(f"sdpa: {name} still attends by {network.config._attn_implementation}")
             changed += network.config.num_hidden_layers
-    return {"attention_layers": changed}
+    return {"attention_layers": changed} | ({"left": left} if left else {})
 
 
 KERNELS = ("cudnn", "flash", "mem_efficient")  # of PyTorch's; the last takes what the others don't, and stays allowed
@@ -159,31 +169,41 @@ def _is_channels_last(tensor: Any) -> bool:
     return bool(tensor.is_contiguous(memory_format=torch.channels_last))
 
 
-@optimization(stage="fuse", requires=("sdpa",), takes_adapters=False)
+@optimization(stage="fuse", requires=("sdpa",), model_needs="fusable_projections", takes_adapters=False)
 def fused_qkv(build: Build) -> dict[str, Any]:
     """Compute query, key and value by one matmul (key and value in cross-attention); the separate weights are freed.
 
     https://huggingface.co/docs/diffusers/tutorials/fast_diffusion#combining-the-attention-blocks-projection-matrices
     """
+    from diffusers.models.attention import AttentionModuleMixin
     from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 
     fused = freed = 0
     for network in (build.denoiser, build.pipe.vae):
-        layers = [module for module in network.modules() if isinstance(module, Attention)]
+        layers = [module for module in network.modules() if isinstance(module, Attention | AttentionModuleMixin)]
         if layers:
             network.fuse_qkv_projections()
         for module in layers:
-            if not (module.fused_projections and isinstance(module.processor, FusedAttnProcessor2_0)):
+            # Attention of a model's own (AttentionModuleMixin) has one processor, for both.
+            fitting = isinstance(module, AttentionModuleMixin) or isinstance(module.processor, FusedAttnProcessor2_0)
+            if not (module.fused_projections and fitting):
                 raise RuntimeError("fused_qkv: an attention layer was left unfused")
             # diffusers keeps the separate layers beside the fused one, and quantizing would then quantize both.
-            for name in ("to_k", "to_v") if module.is_cross_attention else ("to_q", "to_k", "to_v"):
+            for name in [name for by, names in FUSED.items() if hasattr(module, by) for name in names]:
                 freed += sum(parameter.numel() for parameter in getattr(module, name).parameters())
                 delattr(module, name)
             fused += 1
     return {"attention_layers": fused, "freed_parameters": freed}
 
 
-@optimization(stage="swap", imports=("torchao.quantization",))
+FUSED = {  # diffusers' names of fused projections, and of those that they stand for
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+
+
+@optimization(stage="swap", imports=("torchao.quantization",), model_needs="small_1x1_convolutions")
 def conv_as_linear(build: Build) -> dict[str, Any]:
     """Turn 1x1 convolutions with 128 input or output channels into linear layers, as diffusion-fast does.
 
@@ -285,7 +305,7 @@ def _output_in_nhwc(
     return transformer.proj_out(image(hidden_states)) + residual
 
 
-@optimization(stage="swap", requires=("channels_last",), imports=("diffusion_fast.norms",))
+@optimization(stage="swap", requires=("channels_last",), imports=("diffusion_fast.norms",), model_needs="group_norms")
 def group_norm_kernels(build: Build) -> dict[str, Any]:
     """Normalize images by kernels of our own: group norm, the SiLU behind it and the biases before it in two passes.
 

@@ -97,7 +97,7 @@ class Optimization:
     excludes: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cuda", "cpu")
     min_capability: tuple[int, int] = (0, 0)
-    model_needs: str = ""  # a field of Model that must not be empty; `unet`: its denoiser has to be one
+    model_needs: str = ""  # a field of Model that must not be empty, or what it must not lack (Model.lacks)
     # A field of Model and names: where the one is set, one of the others is required.
     requires_where: tuple[str, tuple[str, ...]] = ("", ())
     imports: tuple[str, ...] = ()  # slow modules it needs, imported (and timed) before the pipeline loads
