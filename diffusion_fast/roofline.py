@@ -15,6 +15,7 @@ from typing import Any
 
 from diffusion_fast import graphs
 from diffusion_fast.measure import GIB, Stopwatches, timed
+from diffusion_fast.modules import stored_bytes
 from diffusion_fast.optimizations import Build
 
 KINDS = ("linear", "convolution", "attention")
@@ -107,14 +108,7 @@ def weight_bytes(build: Build) -> dict[str, int]:
 
 
 def _bytes_of(network: Any) -> int:
-    return sum(map(_bytes, chain(network.parameters(), network.buffers())))
-
-
-def _bytes(tensor: Any) -> int:
-    # A quantized weight is a tensor made of others: the numbers, their scales.
-    if hasattr(tensor, "__tensor_flatten__") and hasattr(tensor, "tensor_data_names"):
-        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return int(tensor.numel() * tensor.element_size())
+    return sum(map(stored_bytes, chain(network.parameters(), network.buffers())))
 
 
 def limits(build: Build, flops: dict[str, dict[str, float]], latency_s: float) -> dict[str, float]:

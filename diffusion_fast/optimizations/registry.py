@@ -28,6 +28,7 @@ class Build:
     dtype: str = "float32"
     fp16_vae: bool = False
     tiny_vae: bool = False
+    own_dtypes: set[str] = field(default_factory=set)  # networks whose dtypes another optimization decides, and proves
     compile_options: dict[str, Any] = field(default_factory=dict)
     call_arguments: dict[str, Any] = field(default_factory=dict)  # of the pipeline, beside what the spec says
     step_calls: list[tuple[str, Any, str]] = field(default_factory=list)  # see `launched`
