@@ -82,6 +82,7 @@ PIXART_ALPHA = Model(
     width=1024,
     steps=30,
     guidance_scale=4.5,
+    block_cache=True,
     least_steps=2,  # after a single one it takes what schedulers of distilled models give, and others don't
     call_arguments=(("use_resolution_binning", False),),  # it would paint another size than was asked for, and resize
     hub_id="PixArt-alpha/PixArt-XL-2-1024-MS",

@@ -16,7 +16,7 @@ from typing import Any
 from diffusion_fast import graphs
 from diffusion_fast.measure import GIB, Stopwatches, timed
 from diffusion_fast.modules import stored_bytes
-from diffusion_fast.optimizations import Build
+from diffusion_fast.optimizations import Build, left_out
 
 KINDS = ("linear", "convolution", "attention")
 LINEARS = ("scaled_matmul", "linear_geglu", "scaled_matmul_geglu")  # operators of ours: rows, weights, and what else
@@ -112,12 +112,14 @@ def _bytes_of(network: Any) -> int:
 
 
 def limits(build: Build, flops: dict[str, dict[str, float]], latency_s: float) -> dict[str, float]:
-    """How much of the device a call of `latency_s` seconds uses.
+    """How much of the device a call of `latency_s` seconds uses. Parts that such calls are without don't count.
 
     `floor_s` is the sum over the call's parts of what takes longer, to compute them or to read their weights once.
     """
     found = ceilings(build)
-    calls = dict(zip(PARTS, (1, build.spec.steps, 1), strict=True))
+    calls = dict(zip(PARTS, (1, build.spec.steps, 1), strict=True)) | dict.fromkeys(
+        left_out(build.spec.optimizations), 0
+    )
     sizes = weight_bytes(build)
     of_denoiser, of_vae = sizes[build.model.denoiser], _bytes_of(build.pipe.vae.decoder)
     read = dict(zip(PARTS, (sum(sizes.values()) - of_denoiser - sizes["vae"], of_denoiser, of_vae), strict=True))

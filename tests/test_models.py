@@ -52,6 +52,7 @@ APPLICABLE = [
     for name, known in OPTIMIZATIONS.items()
     # ahead_of_time would compile in earnest, and has tests of its own
     if name != "ahead_of_time"
+    and known.least_batch == 1
     and "cpu" in known.devices
     and known.model_needs in ("", "unet")
     and plan.applies(known, MODELS[model])
@@ -91,7 +92,8 @@ def test_an_optimization_applies_and_the_picture_stays(
         pixels(small(model, tmp_path, monkeypatch, *names)[0]) for names in ((), (*BESIDE.get(name, ()), name))
     )
     known = OPTIMIZATIONS[name]
-    limit = 0.02 if known.lossless else 0.1
+    # A tile of these pictures is 4 latents wide, and its group norms know no more than that.
+    limit = 0.2 if name == "vae_tiling" else 0.02 if known.lossless else 0.1
     assert (found - plain).norm() / plain.norm() < limit
 
 
