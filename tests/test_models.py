@@ -54,7 +54,7 @@ APPLICABLE = [
     if name != "ahead_of_time"
     and known.least_batch == 1
     and "cpu" in known.devices
-    and known.model_needs in ("", "unet")
+    and known.model_needs in ("", "unet", "transformer", "block_cache")
     and plan.applies(known, MODELS[model])
 ]
 
@@ -112,12 +112,12 @@ def test_what_changes_a_unet_is_refused_for_a_transformer() -> None:
 
 
 def small(
-    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str, steps: int = 4
 ) -> tuple[Build, dict[str, dict[str, Any]]]:
     model = miniature(name, folder)
     monkeypatch.setitem(MODELS, name, model)
     recipe = Recipe("mine", plan_recipe(model, Recipe("mine", names), CPU))
-    ladder = plan_ladder("mine", (recipe,), model, CPU, plan.Settings(weights="random", steps=4))
+    ladder = plan_ladder("mine", (recipe,), model, CPU, plan.Settings(weights="random", steps=steps))
     return build_pipeline(ladder.rungs[0], lambda stage: None)
 
 

@@ -197,11 +197,12 @@ def first_block_cache(build: Build) -> dict[str, Any]:
 
     apply_first_block_cache(build.denoiser, FirstBlockCacheConfig(threshold=FIRST_BLOCK_CHANGE))
     hooked = HookedModules(build.pipe, build.denoiser, "fbc_block_hook")  # the first block has another one
-    build.proofs["first_block_cache"] = functools.partial(hooked.proof, "first_block_cache")
+    if build.spec.steps > 1:
+        build.proofs["first_block_cache"] = functools.partial(hooked.proof, "first_block_cache")
     return {"threshold": FIRST_BLOCK_CHANGE, "blocks": len(hooked.hooks)}
 
 
-# How many steps an attention layer's output serves, and of the scheduler's 1,000 time steps those between which it does.
+# How many steps an attention layer's output serves, and between which of the scheduler's 1,000 time steps it does.
 BROADCAST = {"spatial": 2, "cross": 6}
 BROADCAST_TIMES = (100, 800)
 
@@ -216,8 +217,8 @@ BROADCAST_TIMES = (100, 800)
 def pyramid_attention_broadcast(build: Build) -> dict[str, Any]:
     """Compute a transformer's self-attention in every second step, its cross-attention in every sixth, and reuse both.
 
-    But in the first and last steps, where attention changes most. Zhao et al. 2024, https://arxiv.org/abs/2408.12588, by
-    diffusers' own hooks.
+    But in the first and last steps, where attention changes most. By diffusers' own hooks; Zhao et al. 2024,
+    https://arxiv.org/abs/2408.12588
     """
     from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 
@@ -233,7 +234,8 @@ def pyramid_attention_broadcast(build: Build) -> dict[str, Any]:
     hooked = HookedModules(build.pipe, build.denoiser, "pyramid_attention_broadcast")
     if not hooked.hooks:
         raise RuntimeError(f"pyramid_attention_broadcast: {type(build.denoiser).__name__} has no attention it knows")
-    build.proofs["pyramid_attention_broadcast"] = functools.partial(hooked.proof, "pyramid_attention_broadcast")
+    if build.spec.steps > 1:
+        build.proofs["pyramid_attention_broadcast"] = functools.partial(hooked.proof, "pyramid_attention_broadcast")
     return {"attention_layers": len(hooked.hooks), **BROADCAST}
 
 
