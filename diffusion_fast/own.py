@@ -86,7 +86,7 @@ def _model_of(pipe: Any) -> Model:
         steps=30,
         guidance_scale=guidance.default,
         least_steps=known.least_steps if known else 1,
-        block_cache=known.block_cache if known else False,
+        cacheable_blocks=known.cacheable_blocks if known else False,
         call_arguments=known.call_arguments if known else (),
     )
 

@@ -22,7 +22,8 @@ KINDS = ("linear", "convolution", "attention")
 LINEARS = ("scaled_matmul", "linear_geglu", "scaled_matmul_geglu")  # operators of ours: rows, weights, and what else
 # Batched matmuls are attention's alone, and the rest of what is counted are its fused kernels.
 KIND_OF = {
-    **dict.fromkeys(("aten.mm", "aten.addmm", "aten._int_mm"), "linear"),
+    **dict.fromkeys(("aten.mm", "aten.addmm", "aten._int_mm", "aten._scaled_mm"), "linear"),
+    **dict.fromkeys(("aten._weight_int4pack_mm", "aten._weight_int4pack_mm_for_cpu"), "linear"),
     **dict.fromkeys((f"diffusion_fast.{name}" for name in LINEARS), "linear"),
     **dict.fromkeys(("aten.convolution", "diffusion_fast.convolution_nhwc"), "convolution"),
 }
@@ -49,8 +50,14 @@ def count_flops(build: Build) -> dict[str, dict[str, float]]:
         return float(sum(count for name, count in counts.items() if KIND_OF.get(str(name), "attention") == kind))
 
     pipe, steps = build.pipe, build.model.least_steps
+
+    def packed(one: Any, *_: Any, out_shape: Any, **__: Any) -> Any:  # of weights whose own shape says nothing
+        return 2 * math.prod(out_shape) * one[-1]
+
     unknown_to_torch = {  # by the shapes of their arguments
         torch.ops.aten._int_mm: lambda one, other, **_: 2 * one[0] * one[1] * other[1],
+        torch.ops.aten._weight_int4pack_mm: packed,
+        torch.ops.aten._weight_int4pack_mm_for_cpu: packed,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
             query, key, value
         ),

@@ -60,7 +60,7 @@ class Model(_Json):
     least_steps: int = 1  # that the pipeline can make
     prompt: str = "ghibli style, a fantasy landscape with castles"  # diffusion-fast's own
     small_world: bool = False  # paints the scenes of world.py, so that what it paints can be judged
-    block_cache: bool = False  # its transformer's blocks are such as diffusers' first-block cache knows
+    cacheable_blocks: bool = False  # its transformer's blocks are such as diffusers' first-block cache knows
     outliers: bool = False  # a few channels are made much larger, as trained weights have them, see outliers.py
     scheduler: str = ""  # class in diffusers, in the place of the one that comes with the weights
     left_out: tuple[str, ...] = ()  # components of the pipeline that do without

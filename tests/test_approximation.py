@@ -195,7 +195,7 @@ def test_what_skips_a_transformers_modules_is_refused_elsewhere_and_where_it_wou
     for other in ("compile", "regional_compile", "ahead_of_time", "cuda_graph"):
         with pytest.raises(ValueError, match="exclude each other"):
             plan_recipe(pixart, Recipe("mine", (name, other)), H100)
-    other = replace(pixart, block_cache=False)
+    other = replace(pixart, cacheable_blocks=False)
     assert ("transformer" in OPTIMIZATIONS[name].model_needs) == plan.applies(OPTIMIZATIONS[name], other)
 
 

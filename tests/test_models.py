@@ -54,7 +54,7 @@ APPLICABLE = [
     if name != "ahead_of_time"
     and known.least_batch == 1
     and "cpu" in known.devices
-    and known.model_needs in ("", "unet", "transformer", "block_cache")
+    and known.model_needs in ("", "unet", "transformer", "cacheable_blocks")
     and plan.applies(known, MODELS[model])
 ]
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torchao.quantization.quant_api
 
+from diffusion_fast import roofline
 from diffusion_fast.models import MODELS
 from diffusion_fast.modules import stored_bytes
 from diffusion_fast.optimizations import OPTIMIZATIONS, Build, quantization
@@ -115,6 +116,14 @@ def test_fp8_by_torchao_is_refused_where_no_kernel_multiplies_it() -> None:
         plan_recipe(MODELS["tiny"], recipe, CPU)
     with pytest.raises(ValueError, match=r"fp8_dynamic needs compute capability 8\.9, and an A100 has 8\.0"):
         plan_recipe(MODELS["tiny"], recipe, Device("cuda", "an A100", (8, 0)))
+
+
+@pytest.mark.parametrize("name", ["int4_weight_only", *FP8])
+def test_a_format_of_torchao_leaves_the_count_of_operations(name: str, fp8_anywhere: None) -> None:
+    made, _ = build("bf16", "sdpa")
+    before = roofline.count_flops(made)
+    OPTIMIZATIONS[name].apply(made)
+    assert roofline.count_flops(made) == before
 
 
 @pytest.mark.parametrize("name", quantization.LINEAR_FORMATS)

@@ -184,7 +184,7 @@ FIRST_BLOCK_CHANGE = 0.05  # diffusers' own: of what the first block adds, relat
 @optimization(
     stage="approximate",
     excludes=(*UNCOMPILED, "pyramid_attention_broadcast"),
-    model_needs="block_cache",
+    model_needs="cacheable_blocks",
     lossless=False,
     same_work=False,
 )
