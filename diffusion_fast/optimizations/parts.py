@@ -16,7 +16,7 @@ from diffusion_fast.optimizations.registry import Build, optimization
 def vae_slicing(build: Build) -> dict[str, Any]:
     """Decode the pictures of a batch one by one: the decoder's memory is that of a single one.
 
-    https://huggingface.co/docs/diffusers/optimization/memory#vae-slicing
+    https://huggingface.co/docs/diffusers/optimization/memory
     """
     vae = build.pipe.vae
     if not hasattr(vae, "_decode"):
@@ -42,7 +42,7 @@ OVERLAP = 4  # a quarter of a tile, of its latents too: these are a multiple of 
 def vae_tiling(build: Build) -> dict[str, Any]:
     """Decode a picture in overlapping tiles of 512 pixels, or half its size, and blend them: less memory, more work.
 
-    Group norms then know their tile alone. https://huggingface.co/docs/diffusers/optimization/memory#vae-tiling
+    Group norms then know their tile alone. https://huggingface.co/docs/diffusers/optimization/memory
     """
     vae, scale = build.pipe.vae, build.pipe.vae_scale_factor
     side = max(build.spec.height, build.spec.width)

@@ -61,7 +61,7 @@ def fp8_dynamic(build: Build) -> dict[str, Any]:
     """Multiply in fp8 (e4m3) by torchao: a scale a row of the weights beforehand, of the activations while it runs.
 
     The rows of fp8_rows, by PyTorch's own matmul and what Inductor makes of the rest.
-    https://arxiv.org/abs/2209.05433, https://docs.pytorch.org/ao/stable/quantized_inference.html
+    https://arxiv.org/abs/2209.05433, https://docs.pytorch.org/ao/stable/workflows/inference.html
     """
     from torchao.quantization import PerRow
 
@@ -116,7 +116,7 @@ def _fp8_by_torchao(build: Build, granularity: Any, excluded: Shapes = ()) -> di
 def int8_weight_only(build: Build) -> dict[str, Any]:
     """Store linear layers in int8, a scale a channel, and multiply in 16 bits: half the memory, and no faster.
 
-    https://docs.pytorch.org/ao/stable/quantized_inference.html
+    https://docs.pytorch.org/ao/stable/workflows/inference.html
     """
     from torchao.quantization import Int8WeightOnlyConfig
 
@@ -136,7 +136,7 @@ def int8_weight_only(build: Build) -> dict[str, Any]:
 def fp8_weight_only(build: Build) -> dict[str, Any]:
     """Store linear layers in fp8 (e4m3), a scale a channel, and multiply in 16 bits: half the memory, and no faster.
 
-    https://docs.pytorch.org/ao/stable/quantized_inference.html
+    https://docs.pytorch.org/ao/stable/workflows/inference.html
     """
     from torchao.quantization import Float8WeightOnlyConfig
 
@@ -164,7 +164,7 @@ def int4_weight_only(build: Build) -> dict[str, Any]:
 
     Of torchao's formats for it this is the one whose kernels come with PyTorch. They are made for few rows: on a GPU
     this saves memory and costs time.
-    https://docs.pytorch.org/ao/stable/quantized_inference.html
+    https://docs.pytorch.org/ao/stable/workflows/inference.html
     """
     from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
     from torchao.quantization import Int4WeightOnlyConfig
@@ -200,7 +200,7 @@ def layerwise_casting(build: Build) -> dict[str, Any]:
     """Store the denoiser's linears and convolutions in fp8 without a scale, and cast each to 16 bits while it computes.
 
     Half the memory of the denoiser, and a copy of each weight more in every step. Norms stay, and what a model's
-    authors name. https://huggingface.co/docs/diffusers/optimization/memory#layerwise-casting
+    authors name. https://huggingface.co/docs/diffusers/optimization/memory
     """
     import torch
     from diffusers.hooks import HookRegistry
