@@ -156,6 +156,14 @@ def test_a_format_that_finds_no_layer_says_so() -> None:
         quantization.int8_weight_only(made)
 
 
+def test_in_a_model_too_small_to_gain_all_layers_are_taken_that_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = build("bf16", "sdpa")
+    usual = quantization.int8_dynamic(made)
+    monkeypatch.setitem(quantization.LEAST_INTENSITY, "cpu", 1e6)
+    small = quantization.int8_dynamic(build("bf16", "sdpa")[0])
+    assert small["quantized_linears"] >= usual["quantized_linears"] > 30
+
+
 def test_in_pixart_what_computes_more_than_it_reads_is_multiplied_in_int8() -> None:
     """At full size, on the meta device: the rows of a picture of 1024 pixels, of the prompt, and of the time step."""
     spec = replace(planned(model="sdxl", weights="random").rungs[0], model="pixart-alpha", device="meta")  # type: ignore[arg-type]

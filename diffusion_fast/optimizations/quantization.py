@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
@@ -284,11 +285,15 @@ def _intensity(rows: int, features: int, outputs: int) -> float:
 def _multiply_by_torchao(
     build: Build, config: Any, kind: str, multiple: int, excluded: Shapes, by_intensity: bool = True
 ) -> dict[str, Any]:
-    """Quantize weights, and have activations quantized, where that is worth it."""
+    """Quantize weights, and have activations quantized, where that is worth it.
+
+    In a small model, such as the bundled one on a GPU, it is worth it nowhere: there all are taken that can be.
+    """
     start = time.perf_counter()
     rows = _rows_per_linear(build)
     calibration_s = time.perf_counter() - start
-    chosen = _suited(build, multiple, rows=rows, excluded=excluded, by_intensity=by_intensity)
+    suited = functools.partial(_suited, build, multiple, rows=rows, excluded=excluded)
+    chosen = suited(by_intensity=by_intensity) or suited(by_intensity=False)
     account = _by_torchao(build, config, kind, chosen)
     if any(module.weight.act_quant_kwargs is None for module in chosen):
         raise RuntimeError(f"{type(config).__name__}: a chosen layer doesn't quantize its input")
