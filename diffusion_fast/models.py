@@ -84,6 +84,7 @@ PIXART_ALPHA = Model(
     steps=30,
     guidance_scale=4.5,
     multiple=16,  # its patches are of 2×2 latents
+    cacheable_blocks=True,
     least_steps=2,  # after a single one it takes what schedulers of distilled models give, and others don't
     # It would paint another size than was asked for, and resize; and read the prompt by whether bs4 is installed.
     call_arguments=(("use_resolution_binning", False), ("clean_caption", False)),
@@ -119,6 +120,7 @@ FLUX_DEV = Model(
     guidance_scale=3.5,
     guidance="embedded",
     multiple=16,
+    cacheable_blocks=True,
     written_out=True,
     hub_id="black-forest-labs/FLUX.1-dev",
     configs="flux1-dev",

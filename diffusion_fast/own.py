@@ -95,6 +95,7 @@ def _model_of(pipe: Any) -> Model:
         lacks=known.lacks if known else (),
         least_steps=known.least_steps if known else 1,
         chained_blocks=chained.longest(network),
+        cacheable_blocks=known.cacheable_blocks if known else False,
         call_arguments=known.call_arguments if known else (),
     )
 

@@ -172,9 +172,17 @@ def plan_ladder(
         notes += (f"{model.name} knows only its small world, of scenes like {model.prompt!r}: this prompt isn't one",)
     accuracy_prompts = _accuracy_prompts(model, settings)
     recipes = tuple(recipes)
-    for each in {each for recipe in recipes for each in recipe.optimizations}:
-        if lookup("optimization", each, OPTIMIZATIONS).needs_guidance and scale <= 1:
+    for each in dict.fromkeys(each for recipe in recipes for each in recipe.optimizations):
+        known = lookup("optimization", each, OPTIMIZATIONS)
+        if known.needs_guidance and scale <= 1:
             raise ValueError(f"{each} needs a guidance scale above 1, and there is no guidance at {scale:g}.")
+        if settings.batch_size < known.least_batch:
+            raise ValueError(
+                f"{each} has no effect on a batch of {settings.batch_size}: take {known.least_batch} or more."
+            )
+        if known.leaves_out:
+            part = known.leaves_out.replace("_", " ")
+            notes += (f"{each} leaves {part} out of what is timed: calls that repeat a prompt do without it",)
     approximate = any(not same_work(recipe.optimizations) for recipe in recipes)
     if approximate and (settings.weights or model.default_weights) == "random":
         notes += ("random weights paint no picture: what an approximation loses can't be told from it",)

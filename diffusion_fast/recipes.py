@@ -52,6 +52,18 @@ CONTROLS = tuple(
     for share in (0.8, 0.67, 0.5, 0.4, 0.33, 0.27, 0.2)
 )
 
+# For a GPU with little memory: each by itself, and two together. Eager, for layerwise casting can't be compiled;
+# vae_slicing has a use for batches alone.
+EAGER = replace(SDPA, name="eager")
+SMALLER = (
+    EAGER.plus("vae-tiling", "vae_tiling"),
+    EAGER.plus("layerwise-casting", "layerwise_casting"),
+    EAGER.plus("int8-weights", "int8_weight_only"),
+    EAGER.plus("fp8-weights", "fp8_weight_only"),
+    EAGER.plus("int4-weights", "int4_weight_only"),
+    EAGER.plus("int4-and-tiling", "int4_weight_only", "vae_tiling"),
+)
+
 AA = "aa"
 LADDERS: dict[str, tuple[Recipe, ...]] = {
     "progressive": PROGRESSIVE,
@@ -70,6 +82,7 @@ LADDERS: dict[str, tuple[Recipe, ...]] = {
         PLAIN.plus("cutoff-and-forecast", "guidance_cutoff", "feature_forecast"),
         PLAIN.plus("all", "guidance_cutoff", "feature_forecast", "tiny_vae"),
     ),
+    "memory": (EAGER, *SMALLER),
     "cpu": (SDPA, COMPILE, FUSED_QKV),  # its three experiments on a CPU
     # One recipe under two names: what differs between them is the noise of the machine.
     AA: (Recipe("a", SDPA.optimizations), Recipe("b", SDPA.optimizations)),

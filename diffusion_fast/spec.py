@@ -66,6 +66,7 @@ class Model(_Json):
     lacks: tuple[str, ...] = ()  # what most models have and an optimization may need, by the words of `model_needs`
     prompt: str = "ghibli style, a fantasy landscape with castles"  # diffusion-fast's own
     small_world: bool = False  # paints the scenes of world.py, so that what it paints can be judged
+    cacheable_blocks: bool = False  # its transformer's blocks are such as diffusers' first-block cache knows
     outliers: bool = False  # a few channels are made much larger, as trained weights have them, see outliers.py
     scheduler: str = ""  # class in diffusers, in the place of the one that comes with the weights
     left_out: tuple[str, ...] = ()  # components of the pipeline that do without
@@ -89,6 +90,10 @@ class Model(_Json):
     @property
     def classifier_free_guidance(self) -> bool:
         return self.guidance == "classifier-free"
+
+    @property
+    def transformer(self) -> bool:
+        return self.denoiser == "transformer"
 
 
 @dataclass(frozen=True)

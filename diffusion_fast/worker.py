@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from diffusion_fast import rows, spool
 from diffusion_fast.models import MODELS
-from diffusion_fast.optimizations import OPTIMIZATIONS, Build, compiles, same_work
+from diffusion_fast.optimizations import OPTIMIZATIONS, Build, compiles, left_out, same_work
 from diffusion_fast.spec import REFERENCE, Failure, Result, RunSpec
 
 JPEG_BYTES = 200_000
@@ -365,6 +365,7 @@ def _profile(build: Build, folder: Path, flops_file: Path, limits: dict[str, flo
 
     known = flops_file.is_file() and same_work(build.spec.optimizations)
     flops = spool.read_json(flops_file) if known else {}
+    flops = {part: counts for part, counts in flops.items() if part not in left_out(build.spec.optimizations)}
     return {"profile": profile.profile(build, folder, flops, limits)}
 
 

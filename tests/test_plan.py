@@ -44,7 +44,7 @@ def test_an_impossible_recipe_is_refused_in_one_sentence(
 
 
 def test_fp16_requires_the_other_vae_where_the_models_own_overflows() -> None:
-    with pytest.raises(ValueError, match="fp16 requires vae_fp16_fix or tiny_vae on sdxl"):
+    with pytest.raises(ValueError, match="fp16 requires vae_fp16_fix or tiny_vae or upcast_vae on sdxl"):
         plan.plan_recipe(MODELS["sdxl"], Recipe("mine", ("fp16",)), H100)
     assert plan.plan_recipe(MODELS["sdxl"], Recipe("mine", ("fp16", "vae_fp16_fix")), H100)
     assert plan.plan_recipe(MODELS["tiny"], Recipe("mine", ("fp16",)), H100) == ("fp16",)
@@ -138,7 +138,9 @@ def test_random_weights_say_nothing_of_approximations() -> None:
 def test_fp16_takes_either_vae_that_stays_finite() -> None:
     for vae in ("vae_fp16_fix", "tiny_vae"):
         assert plan.plan_recipe(MODELS["sdxl"], Recipe("mine", ("fp16", vae)), H100)
-    with pytest.raises(ValueError, match="fp16 requires vae_fp16_fix or tiny_vae on sdxl: add vae_fp16_fix"):
+    with pytest.raises(
+        ValueError, match="fp16 requires vae_fp16_fix or tiny_vae or upcast_vae on sdxl: add vae_fp16_fix"
+    ):
         plan.plan_recipe(MODELS["sdxl"], Recipe("mine", ("fp16",)), H100)
 
 

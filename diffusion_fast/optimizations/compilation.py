@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
-from diffusion_fast import graphs
+from diffusion_fast import adapters, graphs
 from diffusion_fast.ahead import AheadOfTime, cache_folder
 from diffusion_fast.graphs import Graphed
 from diffusion_fast.inductor import parallel_coordinate_descent
@@ -209,20 +209,6 @@ def _compile(
 
 # --- capture ---------------------------------------------------------------------------------------------------------
 
-ADAPTER_METHODS = (
-    *("load_lora_adapter", "add_adapter", "delete_adapters", "unload_lora", "fuse_lora", "unfuse_lora"),
-    *(
-        "load_adapter",
-        "delete_adapter",
-        "set_adapter",
-        "set_adapters",
-        "enable_adapters",
-        "disable_adapters",
-        "enable_lora",
-        "disable_lora",
-    ),
-)
-
 
 @optimization(stage="capture", devices=("cuda",), modes=("default", "max-autotune-no-cudagraphs"))
 def cuda_graph(build: Build) -> dict[str, Any]:
@@ -236,14 +222,12 @@ def cuda_graph(build: Build) -> dict[str, Any]:
     networks = dict(build.networks())
     for name, owner, attribute in build.launched():
         network = networks.get(name.partition(" ")[0].partition(".")[0])
-        state = functools.partial(_adapters, network)
+        state = functools.partial(adapters.strengths, network)
         graphed = Graphed(name, getattr(owner, attribute), build.pipe.device, state=state)
         setattr(owner, attribute, graphed)
         captured.append(graphed)
     for _, network in build.networks():
-        for method in ADAPTER_METHODS:
-            if hasattr(network, method):
-                setattr(network, method, _forgetting(captured, getattr(network, method)))
+        adapters.when_changed(network, functools.partial(graphs.forget, captured))
 
     def proof() -> dict[str, Any]:
         idle = [graphed.name for graphed in captured if not graphed.replays]
@@ -253,19 +237,3 @@ def cuda_graph(build: Build) -> dict[str, Any]:
 
     build.proofs["cuda_graph"] = proof
     return {}
-
-
-def _forgetting(captured: list[Graphed], method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        graphs.forget(captured)
-        return method(*args, **kwargs)
-
-    return call
-
-
-def _adapters(network: Any) -> Hashable:
-    """How strongly each adapter of a network is applied, which a call's arguments may change. Empty without any."""
-    if not getattr(network, "_hf_peft_config_loaded", False):
-        return ()
-    return tuple(tuple(module.scaling.items()) for module in network.modules() if hasattr(module, "scaling"))
