@@ -474,7 +474,8 @@ def test_group_norms_are_exact_to_rounding(shape: tuple[int, ...], of: torch.dty
     x = torch.randn(images, channels, height, width, generator=seeded(sum(shape)))
     x = (x * torch.logspace(-1, 1, channels)[:, None, None] + torch.linspace(-2, 5, images)[:, None, None, None]).to(of)
     weight, bias, x_bias = torch.randn(3, channels, generator=seeded(channels)).to(of)
-    embedding = torch.randn(images, channels, generator=seeded(1)).to(of)
+    wider = torch.randn(images, 3 * channels, generator=seeded(1)).to(of)
+    embedding = wider[:, channels : 2 * channels]  # a part of all blocks'
     for silu, added in ((False, (None, None)), (True, (x_bias, None)), (True, (x_bias, embedding))):
         wide = x.double()
         for each in added:

@@ -135,7 +135,7 @@ def ahead_of_time(build: Build) -> dict[str, Any]:
 
 
 MOST_GRAPHS = 32 * graphs.MOST  # SDXL has some 20 for each size and batch
-RESIDUAL = "ResnetBlock2D"
+BLOCKS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")  # beside those that diffusers says a model repeats
 EIGHT_BITS = ("RowwiseLinear", "ImagewiseConvolution")
 
 
@@ -148,7 +148,7 @@ def _regions(denoiser: Any) -> list[Any]:
 
     lists = [module for module in denoiser.children() if isinstance(module, ModuleList)]
     repeated = denoiser._repeated_blocks or [type(layer).__name__ for layers in lists for layer in layers]
-    blocks = {*repeated, RESIDUAL, "Downsample2D", "Upsample2D"}
+    blocks = {*repeated, *BLOCKS}
     found = [
         module for module in denoiser.modules() if blocks & {kind.__name__ for kind in type(module).__mro__}
     ]  # a block with another forward of ours is one, too
