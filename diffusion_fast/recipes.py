@@ -83,6 +83,7 @@ LADDERS: dict[str, tuple[Recipe, ...]] = {
         PLAIN.plus("feature-forecast", "feature_forecast"),
         PLAIN.plus("cutoff-and-forecast", "guidance_cutoff", "feature_forecast"),
         PLAIN.plus("all", "guidance_cutoff", "feature_forecast", "tiny_vae"),
+        PLAIN.plus("all-fp8", "guidance_cutoff", "feature_forecast", "tiny_vae", "fp8_rows"),
     ),
     "memory": (EAGER, *SMALLER),
     "cpu": (SDPA, COMPILE, FUSED_QKV),  # its three experiments on a CPU
