@@ -95,7 +95,7 @@ def test_imports_go_one_way() -> None:
         f"diffusion_fast.{name}"
         for name in (
             "spec world models recipes inductor graphs ahead adapters modules operators kernels norm_kernels gated "
-            "eight_bits norms projections chained scores optimizations.registry optimizations.numbers "
+            "eight_bits norms projections chained sliced scores optimizations.registry optimizations.numbers "
             "optimizations.layers "
             "optimizations.quantization optimizations.compilation optimizations.parts optimizations.approximation "
             "optimizations plan spool rows fidelity measure watch environment draw judge accuracy outliers pipeline "
