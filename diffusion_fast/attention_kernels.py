@@ -1,0 +1,168 @@
+"""Attention as a Triton kernel: scores never leave the chip (FlashAttention, https://arxiv.org/abs/2307.08691).
+
+Importing this module has CUDA tensors go to it. No memory is set to zero first, and nothing waits for the device but
+the first call of a shape, which is autotuned.
+"""
+
+import math
+from typing import Any
+
+import torch
+
+from diffusion_fast.kernels import INTERPRETED, _time  # first: it says what it needs where there is no Triton
+from diffusion_fast.operators import LARGEST, attention, check_attention
+
+# isort: split
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# A program has FIRST queries of one head and goes through its keys and values, SECOND at a time, which Hopper's copy
+# engine brings. Descriptors are of (batch, tokens, heads, dim), so that slices of a fused projection are read where
+# they lie, and what is beyond the tokens, or beyond a head that is no power of two wide, arrives as zero.
+#
+# What limits it, for heads of 64, is not the tensor cores: a tile of 128 by 128 takes them 1,024 cycles, and the
+# exponentials as many. Both are kept busy by programs beside each other on a multiprocessor, of which one multiplies
+# while the other exponentiates, and by the second product, waited for only when the next block's first one is through.
+# Registers decide how many programs there are: heads of 64 take 107 to 189 a thread. FlashAttention-3's overlap within
+# a program (https://arxiv.org/abs/2407.08608) isn't to be had from Triton 3.6: with scores kept for the next round, the
+# assembler has each product wait for the one before. Neither are its specialized warps: Triton splits the queries among
+# them, but not the queries' descriptor.
+#
+# Queries go through registers: their tile is reshaped, and the product's first side is not taken from shared memory
+# then. 16 or 32 registers a thread, in exchange for half of what the first product reads there.
+#
+# One block of keys (a prompt's) needs no loop, and no sums to be scaled again.
+ONE_BLOCK = 32 if INTERPRETED else 128  # keys
+
+
+def _set_tiles(arguments: dict[str, Any]) -> None:
+    for name, side in (("q", "FIRST"), ("k", "SECOND"), ("v", "SECOND")):
+        arguments[name].block_shape = [1, arguments[side], 1, arguments["WIDTH"]]
+
+
+def _fitting(candidates: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
+    """One block has to hold all keys, and heads of 128 leave registers for 16 rows a warp, not for 32."""
+    if constants["ALONE"]:
+        least = max(64, triton.next_power_of_2(arguments["KEYS"]))
+        candidates = [each for each in candidates if each.kwargs["SECOND"] == least]
+    rows = 32 if constants["WIDTH"] <= 64 else 16
+    return [each for each in candidates if each.kwargs["FIRST"] <= rows * each.num_warps]
+
+
+@triton.autotune(
+    configs=[
+        triton.Config({"FIRST": first, "SECOND": second}, num_warps=warps, num_stages=stages, pre_hook=_set_tiles)
+        for first, second, warps, stages in (
+            (128, 64, 8, 3),
+            (128, 64, 4, 3),
+            (128, 128, 8, 2),
+            (64, 128, 4, 2),
+            (64, 64, 4, 3),
+        )
+    ]
+    if not INTERPRETED
+    else [triton.Config({"FIRST": 32, "SECOND": 32}, pre_hook=_set_tiles)],
+    key=["QUERIES", "KEYS", "HEADS", "DIM"],
+    prune_configs_by={"early_config_prune": _fitting},
+    do_bench=_time,
+)
+@triton.jit(do_not_specialize=["QUERIES", "KEYS", "HEADS"])
+def _attention_kernel(
+    q, k, v, out, scale, QUERIES, KEYS, HEADS, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    ALONE: tl.constexpr, WHOLE: tl.constexpr, LARGEST: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+):  # fmt: skip
+    """q (BATCH, QUERIES, HEADS, DIM), k and v (BATCH, KEYS, HEADS, DIM) → out as q; scale is for exponents of two.
+
+    Heads are WIDTH wide as a tile. KEYS are ALONE in one block, or WHOLE blocks. LARGEST: what out holds, 0 for all.
+    """
+    # A head's queries first: its keys and values stay in the cache that all multiprocessors share.
+    tiles = tl.cdiv(QUERIES, FIRST)
+    head, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * FIRST
+    batch, head = head // HEADS, head % HEADS
+    queries = q.load([batch, first, head, 0]).reshape(FIRST, WIDTH)
+    if ALONE:
+        scores = _scores(queries, k, batch, 0, head, KEYS, True, SECOND, WIDTH)
+        weights = tl.exp2(scores * scale - (tl.max(scores, 1) * scale)[:, None])
+        total = tl.sum(weights, 1)
+        values = v.load([batch, 0, head, 0]).reshape(SECOND, WIDTH)
+        made = tl.dot(weights.to(v.dtype), values)
+    else:
+        most = tl.full((FIRST,), float("-inf"), dtype=tl.float32)  # of the scores so far, times scale
+        total = tl.zeros((FIRST,), dtype=tl.float32)  # of the weights
+        made = tl.zeros((FIRST, WIDTH), dtype=tl.float32)
+        whole = KEYS // SECOND * SECOND
+        for start in range(0, whole, SECOND):
+            scores = _scores(queries, k, batch, start, head, KEYS, False, SECOND, WIDTH)
+            weights, most, total, shrunk = _weights(scores, scale, most, total)
+            values = v.load([batch, start, head, 0]).reshape(SECOND, WIDTH)
+            made = tl.dot(weights.to(v.dtype), values, made * shrunk[:, None])
+        if not WHOLE:  # a block that ends beyond the keys; none of them may be in it, but then others went before
+            scores = _scores(queries, k, batch, whole, head, KEYS, True, SECOND, WIDTH)
+            weights, most, total, shrunk = _weights(scores, scale, most, total)
+            values = v.load([batch, whole, head, 0]).reshape(SECOND, WIDTH)
+            made = tl.dot(weights.to(v.dtype), values, made * shrunk[:, None])
+    made *= (1 / total)[:, None]
+    if LARGEST > 0:
+        made = tl.clamp(made, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    row, column = first + tl.arange(0, FIRST), tl.arange(0, WIDTH)
+    at = out + (batch.to(tl.int64) * QUERIES + row)[:, None] * (HEADS * DIM) + head * DIM + column[None, :]
+    tl.store(at, made.to(out.dtype.element_ty), mask=(row < QUERIES)[:, None] & (column < DIM)[None, :])
+
+
+@triton.jit
+def _scores(
+    queries, k, batch, start, head, KEYS, MASKED: tl.constexpr, SECOND: tl.constexpr, WIDTH: tl.constexpr
+):  # fmt: skip
+    """Not scaled yet, (queries, SECOND keys from `start`); where MASKED, infinitely low for keys that aren't there."""
+    scores = tl.dot(queries, k.load([batch, start, head, 0]).reshape(SECOND, WIDTH).T)
+    if MASKED:
+        scores = tl.where((start + tl.arange(0, SECOND) < KEYS)[None, :], scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def _weights(scores, scale, most, total):
+    """A block's weights, and by which factor what was made of the blocks before it shrinks."""
+    now = tl.maximum(most, tl.max(scores, 1) * scale)
+    weights = tl.exp2(scores * scale - now[:, None])
+    shrunk = tl.exp2(most - now)
+    return weights, now, total * shrunk + tl.sum(weights, 1), shrunk
+
+
+def _described(tensor: torch.Tensor) -> TensorDescriptor:
+    """A descriptor of (batch, tokens, heads, dim), whose tile the autotuner's hook will fill in.
+
+    A copy is made of what the copy engine can't read: it wants an address and strides in multiples of 16 bytes.
+    """
+    item, strides = tensor.element_size(), list(tensor.stride())
+    for i in (2, 1, 0):
+        if tensor.shape[i] == 1:  # torch leaves the stride open, the copy engine doesn't
+            strides[i] = strides[i + 1] * tensor.shape[i + 1]
+    if tensor.data_ptr() % 16 or strides[3] != 1 or any(each <= 0 or each * item % 16 for each in strides[:3]):
+        return _described(tensor.clone(memory_format=torch.contiguous_format))
+    return TensorDescriptor(tensor, list(tensor.shape), strides, [1] * 4)
+
+
+def launch_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """`attention` by its Triton kernel. A copy is made of what doesn't begin and go on in multiples of 16 bytes."""
+    check_attention(q, k, v, scale, out_dtype)
+    batch, queries, heads, dimension = q.shape
+    keys = k.shape[1]
+    out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
+    if out.numel():
+
+        def programs(chosen: dict[str, Any]) -> tuple[int]:
+            return (batch * heads * triton.cdiv(queries, chosen["FIRST"]),)
+
+        _attention_kernel[programs](
+            _described(q), _described(k), _described(v), out, scale * math.log2(math.e), queries, keys, heads,
+            DIM=dimension, WIDTH=max(32, triton.next_power_of_2(dimension)), ALONE=keys <= ONE_BLOCK,
+            WHOLE=keys % 128 == 0, LARGEST=LARGEST.get(out_dtype, 0.0),
+        )  # fmt: skip
+    return out
+
+
+attention.register_kernel("cuda")(launch_attention)
