@@ -58,6 +58,7 @@ def count_flops(build: Build) -> dict[str, dict[str, float]]:
     if hasattr(own, "scaled_matmul"):  # where an optimization has imported them
         for name in LINEARS:
             unknown_to_torch[getattr(own, name)] = lambda rows, w, *_, **__: 2 * math.prod(rows) * w[0]
+        unknown_to_torch[own.attention] = lambda q, k, *_, **__: 4 * math.prod(q) * k[1]
         unknown_to_torch[own.convolution_nhwc] = lambda x, w, *_, out_shape, **__: conv_flop_count(x, w, out_shape)
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))

@@ -95,11 +95,11 @@ def test_imports_go_one_way() -> None:
         f"diffusion_fast.{name}"
         for name in (
             "spec world models recipes inductor graphs ahead modules operators kernels norm_kernels attention_kernels "
-            "gated eight_bits norms projections optimizations.registry optimizations.numbers optimizations.layers "
-            "optimizations.quantization optimizations.compilation optimizations.approximation optimizations plan "
-            "spool rows fidelity measure watch environment draw judge accuracy outliers pipeline own onestep roofline "
-            "profile worker sensitivity launch saved_cache ladder stats check control sweep report view tracking "
-            "console cli __main__"
+            "attention gated eight_bits norms projections optimizations.registry optimizations.numbers "
+            "optimizations.layers optimizations.quantization optimizations.compilation optimizations.approximation "
+            "optimizations plan spool rows fidelity measure watch environment draw judge accuracy outliers pipeline "
+            "own onestep roofline profile worker sensitivity launch saved_cache ladder stats check control sweep "
+            "report view tracking console cli __main__"
         ).split()
     ]
     assert {*order, "diffusion_fast"} == set(MODULES)
