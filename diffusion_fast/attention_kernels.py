@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from diffusion_fast.kernels import INTERPRETED, _time  # first: it says what it needs where there is no Triton
-from diffusion_fast.operators import LARGEST, attention, check_attention
+from diffusion_fast.operators import attention, check_attention
 
 # isort: split
 import triton
@@ -70,11 +70,11 @@ def _fitting(candidates: list[Any], arguments: dict[str, Any], **constants: Any)
 @triton.jit(do_not_specialize=["QUERIES", "KEYS", "HEADS"])
 def _attention_kernel(
     q, k, v, out, scale, QUERIES, KEYS, HEADS, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    ALONE: tl.constexpr, WHOLE: tl.constexpr, LARGEST: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    ALONE: tl.constexpr, WHOLE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
 ):  # fmt: skip
     """q (BATCH, QUERIES, HEADS, DIM), k and v (BATCH, KEYS, HEADS, DIM) → out as q; scale is for exponents of two.
 
-    Heads are WIDTH wide as a tile. KEYS are ALONE in one block, or WHOLE blocks. LARGEST: what out holds, 0 for all.
+    Heads are WIDTH wide as a tile. KEYS are ALONE in one block, or WHOLE blocks. To eight bits it saturates, as the processor does.
     """
     # A head's queries first: its keys and values stay in the cache that all multiprocessors share.
     tiles = tl.cdiv(QUERIES, FIRST)
@@ -103,8 +103,6 @@ def _attention_kernel(
             values = v.load([batch, whole, head, 0]).reshape(SECOND, WIDTH)
             made = tl.dot(weights.to(v.dtype), values, made * shrunk[:, None])
     made *= (1 / total)[:, None]
-    if LARGEST > 0:
-        made = tl.clamp(made, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     row, column = first + tl.arange(0, FIRST), tl.arange(0, WIDTH)
     at = out + (batch.to(tl.int64) * QUERIES + row)[:, None] * (HEADS * DIM) + head * DIM + column[None, :]
     tl.store(at, made.to(out.dtype.element_ty), mask=(row < QUERIES)[:, None] & (column < DIM)[None, :])
@@ -160,7 +158,7 @@ def launch_attention(
         _attention_kernel[programs](
             _described(q), _described(k), _described(v), out, scale * math.log2(math.e), queries, keys, heads,
             DIM=dimension, WIDTH=max(32, triton.next_power_of_2(dimension)), ALONE=keys <= ONE_BLOCK,
-            WHOLE=keys % 128 == 0, LARGEST=LARGEST.get(out_dtype, 0.0),
+            WHOLE=keys % 128 == 0,
         )  # fmt: skip
     return out
 

@@ -18,7 +18,8 @@ from diffusion_fast.measure import GIB, Stopwatches, timed
 from diffusion_fast.optimizations import Build
 
 KINDS = ("linear", "convolution", "attention")
-LINEARS = ("scaled_matmul", "linear_geglu", "scaled_matmul_geglu")  # operators of ours: rows, weights, and what else
+# Operators of ours: rows, weights, and what else.
+LINEARS = ("scaled_matmul", "cast_matmul", "linear_geglu", "scaled_matmul_geglu")
 # Batched matmuls are attention's alone, and the rest of what is counted are its fused kernels.
 KIND_OF = {
     **dict.fromkeys(("aten.mm", "aten.addmm", "aten._int_mm"), "linear"),
