@@ -74,7 +74,8 @@ def _attention_kernel(
 ):  # fmt: skip
     """q (BATCH, QUERIES, HEADS, DIM), k and v (BATCH, KEYS, HEADS, DIM) → out as q; scale is for exponents of two.
 
-    Heads are WIDTH wide as a tile. KEYS are ALONE in one block, or WHOLE blocks. To eight bits it saturates, as the processor does.
+    Heads are WIDTH wide as a tile. KEYS are ALONE in one block, or WHOLE blocks. To fp8 it saturates, as the processor
+    does.
     """
     # A head's queries first: its keys and values stay in the cache that all multiprocessors share.
     tiles = tl.cdiv(QUERIES, FIRST)
