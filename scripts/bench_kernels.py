@@ -553,6 +553,16 @@ def agreements(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
                 tile = f"{config.kwargs['FIRST']}×{config.kwargs['SECOND']}, {config.num_warps} warps"
                 yield f"attention, {keys}, {tile}, {NAMES[dtype]}", attended
 
+    for width in (40, 72, 128):  # the first as of Stable Diffusion 1.5, the second of PixArt: tiles are wider
+        given = tuple(torch.randn(2, 200, 3, width).to(BF16) for _ in range(3))
+
+        def attended_by(given: Any = given) -> str:
+            with only(tuner, tuner.configs[0]):
+                made = attention_kernels.launch_attention(*moved(given), 0.2, BF16)
+            return compare(made, operators.attention(*given, 0.2, BF16))
+
+        yield f"attention, heads of {width}", attended_by
+
 
 @contextmanager
 def only(tuner: Any, config: Any) -> Iterator[None]:
