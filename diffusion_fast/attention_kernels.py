@@ -24,15 +24,17 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 # What limits it, for heads of 64, is not the tensor cores: a tile of 128 by 128 takes them 1,024 cycles, and the
 # exponentials as many. Both are kept busy by programs beside each other on a multiprocessor, of which one multiplies
 # while the other exponentiates, and by the second product, waited for only when the next block's first one is through.
-# Registers decide how many programs there are: heads of 64 take 107 to 189 a thread. FlashAttention-3's overlap within
+# Registers decide how many programs there are: heads of 64 take 108 to 190 a thread. FlashAttention-3's overlap within
 # a program (https://arxiv.org/abs/2407.08608) isn't to be had from Triton 3.6: with scores kept for the next round, the
-# assembler has each product wait for the one before. Neither are its specialized warps: Triton splits the queries among
-# them, but not the queries' descriptor.
+# assembler has each product wait for the one before. Neither are its specialized warps: Triton splits the queries
+# among them, but not the queries' descriptor.
 #
 # Queries go through registers: their tile is reshaped, and the product's first side is not taken from shared memory
 # then. 16 or 32 registers a thread, in exchange for half of what the first product reads there.
 #
-# One block of keys (a prompt's) needs no loop, and no sums to be scaled again.
+# One block of keys (a prompt's) needs no loop over them, and no sums to be scaled again. There it is copying that takes
+# the time, 32 KiB of keys and values for the 8 or 16 of queries, and waiting for it: a program keeps the block for
+# TILES of queries, each of which is copied while the one before is worked on.
 ONE_BLOCK = 32 if INTERPRETED else 128  # keys
 
 
@@ -46,23 +48,30 @@ def _fitting(candidates: list[Any], arguments: dict[str, Any], **constants: Any)
     if constants["ALONE"]:
         least = max(64, triton.next_power_of_2(arguments["KEYS"]))
         candidates = [each for each in candidates if each.kwargs["SECOND"] == least]
+    else:
+        candidates = [each for each in candidates if each.kwargs["TILES"] == 1]
     rows = 32 if constants["WIDTH"] <= 64 else 16
     return [each for each in candidates if each.kwargs["FIRST"] <= rows * each.num_warps]
 
 
 @triton.autotune(
     configs=[
-        triton.Config({"FIRST": first, "SECOND": second}, num_warps=warps, num_stages=stages, pre_hook=_set_tiles)
-        for first, second, warps, stages in (
-            (128, 64, 8, 3),
-            (128, 64, 4, 3),
-            (128, 128, 8, 2),
-            (64, 128, 4, 2),
-            (64, 64, 4, 3),
+        triton.Config(
+            {"FIRST": first, "SECOND": second, "TILES": tiles}, num_warps=warps, num_stages=stages, pre_hook=_set_tiles
         )
-    ]
-    if not INTERPRETED
-    else [triton.Config({"FIRST": 32, "SECOND": 32}, pre_hook=_set_tiles)],
+        for first, second, tiles, warps, stages in (
+            (
+                (128, 64, 1, 8, 3),
+                (128, 64, 1, 4, 3),
+                (128, 128, 1, 8, 2),
+                (64, 128, 1, 4, 2),
+                (64, 64, 1, 4, 3),
+                *((64, second, tiles, 4, 3) for second in (64, 128) for tiles in (2, 4)),
+            )
+            if not INTERPRETED
+            else ((32, 32, 2, 4, 1),)
+        )
+    ],
     key=["QUERIES", "KEYS", "HEADS", "DIM"],
     prune_configs_by={"early_config_prune": _fitting},
     do_bench=_time,
@@ -70,54 +79,56 @@ def _fitting(candidates: list[Any], arguments: dict[str, Any], **constants: Any)
 @triton.jit(do_not_specialize=["QUERIES", "KEYS", "HEADS"])
 def _attention_kernel(
     q, k, v, out, scale, QUERIES, KEYS, HEADS, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    ALONE: tl.constexpr, WHOLE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr,
+    ALONE: tl.constexpr, WHOLE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """q (BATCH, QUERIES, HEADS, DIM), k and v (BATCH, KEYS, HEADS, DIM) → out as q; scale is for exponents of two.
 
-    Heads are WIDTH wide as a tile. KEYS are ALONE in one block, or WHOLE blocks. To fp8 it saturates, as the processor
-    does.
+    Heads are WIDTH wide as a tile. KEYS are ALONE in one block, for TILES of queries, or WHOLE blocks. To fp8 the
+    processor's own conversion saturates.
     """
     # A head's queries first: its keys and values stay in the cache that all multiprocessors share.
-    tiles = tl.cdiv(QUERIES, FIRST)
-    head, first = tl.program_id(0) // tiles, tl.program_id(0) % tiles * FIRST
+    tiles = tl.cdiv(QUERIES, FIRST * TILES if ALONE else FIRST)
+    head, part = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     batch, head = head // HEADS, head % HEADS
-    queries = q.load([batch, first, head, 0]).reshape(FIRST, WIDTH)
     if ALONE:
-        scores = _scores(queries, k, batch, 0, head, KEYS, True, SECOND, WIDTH)
-        weights = tl.exp2(scores * scale - (tl.max(scores, 1) * scale)[:, None])
-        total = tl.sum(weights, 1)
+        keys = k.load([batch, 0, head, 0]).reshape(SECOND, WIDTH)
         values = v.load([batch, 0, head, 0]).reshape(SECOND, WIDTH)
-        made = tl.dot(weights.to(v.dtype), values)
+        there = (tl.arange(0, SECOND) < KEYS)[None, :]
+        for tile in range(0, TILES):
+            first = (part * TILES + tile) * FIRST
+            queries = q.load([batch, first, head, 0]).reshape(FIRST, WIDTH)
+            scores = tl.where(there, tl.dot(queries, keys.T), float("-inf"))
+            weights = tl.exp2(scores * scale - (tl.max(scores, 1) * scale)[:, None])
+            total = tl.sum(weights, 1)
+            _store(out, tl.dot(weights.to(v.dtype), values), total, batch, first, head, QUERIES, HEADS, DIM)
     else:
+        first = part * FIRST
+        queries = q.load([batch, first, head, 0]).reshape(FIRST, WIDTH)
         most = tl.full((FIRST,), float("-inf"), dtype=tl.float32)  # of the scores so far, times scale
         total = tl.zeros((FIRST,), dtype=tl.float32)  # of the weights
         made = tl.zeros((FIRST, WIDTH), dtype=tl.float32)
         whole = KEYS // SECOND * SECOND
         for start in range(0, whole, SECOND):
-            scores = _scores(queries, k, batch, start, head, KEYS, False, SECOND, WIDTH)
+            scores = tl.dot(queries, k.load([batch, start, head, 0]).reshape(SECOND, WIDTH).T)
             weights, most, total, shrunk = _weights(scores, scale, most, total)
             values = v.load([batch, start, head, 0]).reshape(SECOND, WIDTH)
             made = tl.dot(weights.to(v.dtype), values, made * shrunk[:, None])
         if not WHOLE:  # a block that ends beyond the keys; none of them may be in it, but then others went before
-            scores = _scores(queries, k, batch, whole, head, KEYS, True, SECOND, WIDTH)
+            scores = tl.dot(queries, k.load([batch, whole, head, 0]).reshape(SECOND, WIDTH).T)
+            scores = tl.where((whole + tl.arange(0, SECOND) < KEYS)[None, :], scores, float("-inf"))
             weights, most, total, shrunk = _weights(scores, scale, most, total)
             values = v.load([batch, whole, head, 0]).reshape(SECOND, WIDTH)
             made = tl.dot(weights.to(v.dtype), values, made * shrunk[:, None])
-    made *= (1 / total)[:, None]
-    row, column = first + tl.arange(0, FIRST), tl.arange(0, WIDTH)
-    at = out + (batch.to(tl.int64) * QUERIES + row)[:, None] * (HEADS * DIM) + head * DIM + column[None, :]
-    tl.store(at, made.to(out.dtype.element_ty), mask=(row < QUERIES)[:, None] & (column < DIM)[None, :])
+        _store(out, made, total, batch, first, head, QUERIES, HEADS, DIM)
 
 
 @triton.jit
-def _scores(
-    queries, k, batch, start, head, KEYS, MASKED: tl.constexpr, SECOND: tl.constexpr, WIDTH: tl.constexpr
-):  # fmt: skip
-    """Not scaled yet, (queries, SECOND keys from `start`); where MASKED, infinitely low for keys that aren't there."""
-    scores = tl.dot(queries, k.load([batch, start, head, 0]).reshape(SECOND, WIDTH).T)
-    if MASKED:
-        scores = tl.where((start + tl.arange(0, SECOND) < KEYS)[None, :], scores, float("-inf"))
-    return scores
+def _store(out, made, total, batch, first, head, QUERIES, HEADS, DIM: tl.constexpr):
+    """Sums (FIRST, WIDTH) over the sum of their weights, as far as there are queries and a head is wide."""
+    made *= (1 / total)[:, None]
+    row, column = first + tl.arange(0, made.shape[0]), tl.arange(0, made.shape[1])
+    at = out + (batch.to(tl.int64) * QUERIES + row)[:, None] * (HEADS * DIM) + head * DIM + column[None, :]
+    tl.store(at, made.to(out.dtype.element_ty), mask=(row < QUERIES)[:, None] & (column < DIM)[None, :])
 
 
 @triton.jit
@@ -154,7 +165,8 @@ def launch_attention(
     if out.numel():
 
         def programs(chosen: dict[str, Any]) -> tuple[int]:
-            return (batch * heads * triton.cdiv(queries, chosen["FIRST"]),)
+            tiles = chosen["TILES"] if chosen["ALONE"] else 1
+            return (batch * heads * triton.cdiv(queries, chosen["FIRST"] * tiles),)
 
         _attention_kernel[programs](
             _described(q), _described(k), _described(v), out, scale * math.log2(math.e), queries, keys, heads,

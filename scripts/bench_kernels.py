@@ -550,8 +550,9 @@ def agreements(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
                         made = attention_kernels.launch_attention(*strided(given, device), 0.2, dtype)
                     return compare(made, operators.attention(*given, 0.2, dtype), 5e-2 if dtype == FP8 else 2e-2)
 
-                tile = f"{config.kwargs['FIRST']}×{config.kwargs['SECOND']}, {config.num_warps} warps"
-                yield f"attention, {keys}, {tile}, {NAMES[dtype]}", attended
+                tile = config.kwargs
+                shape = f"{tile['TILES']}×{tile['FIRST']}×{tile['SECOND']}, {config.num_warps} warps"
+                yield f"attention, {keys}, {shape}, {NAMES[dtype]}", attended
 
     for width in (40, 72, 128):  # the first as of Stable Diffusion 1.5, the second of PixArt: tiles are wider
         given = tuple(torch.randn(2, 200, 3, width).to(BF16) for _ in range(3))
