@@ -152,22 +152,23 @@ def test_it_goes_with_projections_in_eight_bits(name: str, monkeypatch: pytest.M
     assert (found - before).norm() / before.norm() < 0.1
 
 
-def test_blocks_take_it_into_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_by_torch = torch.compile
+def test_blocks_of_a_shape_take_it_into_one_graph() -> None:
+    made, _ = build("bf16", "sdpa", "fused_qkv", "attention_kernel")
+    blocks = [module for module in made.denoiser.modules() if type(module).__name__ == "BasicTransformerBlock"]
+    width = blocks[-1].attn1.query_dim
+    alike = [block for block in blocks if block.attn1.query_dim == width]
+    graphs: list[str] = []
 
-    def compile_by_eager(function: Any, **chosen: Any) -> Any:
-        chosen.pop("options")
-        assert chosen["fullgraph"]
-        return compile_by_torch(function, backend="eager", **chosen)
+    def noting(graph: Any, _: Any) -> Any:
+        graphs.append(str(graph.graph))
+        return graph.forward
 
-    monkeypatch.setattr(torch, "compile", compile_by_eager)
-    torch._dynamo.utils.counters.clear()
-    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
-        made, _ = build("bf16", "sdpa", "fused_qkv", "attention_kernel", "regional_compile")
-        picture = image(made)
-    assert made.proofs["regional_compile"]()["graph_breaks"] == 0
-    assert torch.equal(picture, image(build("bf16", "sdpa", "fused_qkv", "attention_kernel")[0]))
-    torch._dynamo.utils.counters.clear()
+    x, prompt = torch.randn(2, 16, width).bfloat16(), torch.randn(2, 77, 128).bfloat16()
+    assert len(alike) > 1
+    for block in alike:
+        compiled = torch.compile(block, fullgraph=True, dynamic=False, backend=noting)
+        assert torch.equal(compiled(x, encoder_hidden_states=prompt), block(x, encoder_hidden_states=prompt))
+    assert len(graphs) == 1 and graphs[0].count("diffusion_fast.attention.default") == 2
 
 
 def test_layers_with_a_mask_stay_with_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
