@@ -52,7 +52,7 @@ def warm_up(function: Callable[[], Any], device: str) -> tuple[list[float], bool
 
 
 def samples(function: Callable[[], Any], device: str, rounds: int = 1) -> tuple[list[float], list[Any]]:
-    """Seconds and values of at least 10 calls, or 5 in each of three `rounds` or more, which take at least 3 seconds."""
+    """Seconds and values of at least 10 calls, 5 in each of three `rounds` or more, and of at least 3 seconds."""
     least = MIN_CALLS if rounds < MANY_ROUNDS else MIN_CALLS_IN_ROUNDS
     seconds: list[float] = []
     values: list[Any] = []

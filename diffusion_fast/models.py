@@ -47,6 +47,7 @@ SDXL = Model(
     width=1024,
     steps=30,
     guidance_scale=5.0,
+    chained_blocks=10,
     hub_id="stabilityai/stable-diffusion-xl-base-1.0",
     configs="sdxl-base-1.0",
     fp16_vae_hub_id="madebyollin/sdxl-vae-fp16-fix",
@@ -82,11 +83,99 @@ PIXART_ALPHA = Model(
     width=1024,
     steps=30,
     guidance_scale=4.5,
+    multiple=16,  # its patches are of 2×2 latents
+    cacheable_blocks=True,
     least_steps=2,  # after a single one it takes what schedulers of distilled models give, and others don't
-    call_arguments=(("use_resolution_binning", False),),  # it would paint another size than was asked for, and resize
+    # It would paint another size than was asked for, and resize; and read the prompt by whether bs4 is installed.
+    call_arguments=(("use_resolution_binning", False), ("clean_caption", False)),
     hub_id="PixArt-alpha/PixArt-XL-2-1024-MS",
     configs="pixart-xl-2-1024-ms",
     tiny_vae_hub_id="madebyollin/taesd",
+)
+
+# PixArt-α's network, and SDXL's VAE in the place of Stable Diffusion's.
+PIXART_SIGMA = replace(
+    PIXART_ALPHA,
+    name="pixart-sigma",
+    summary="PixArt-Σ, PixArt-α's successor with SDXL's VAE",
+    pipeline="PixArtSigmaPipeline",
+    parameters=610_856_096,
+    steps=20,
+    hub_id="PixArt-alpha/PixArt-Sigma-XL-2-1024-MS",
+    configs="pixart-sigma-xl-2-1024-ms",
+    fp16_vae_hub_id="madebyollin/sdxl-vae-fp16-fix",
+    fp16_vae_config="vae_fp16_fix",
+    tiny_vae_hub_id="madebyollin/taesdxl",
+)
+
+FLUX_DEV = Model(
+    name="flux-dev",
+    summary="FLUX.1 dev, whose guidance is distilled into an input",
+    pipeline="FluxPipeline",
+    denoiser="transformer",
+    parameters=11_901_408_320,
+    height=1024,
+    width=1024,
+    steps=28,
+    guidance_scale=3.5,
+    guidance="embedded",
+    multiple=16,
+    cacheable_blocks=True,
+    written_out=True,
+    lacks=("plain_attention",),  # its processor turns queries and keys by position
+    hub_id="black-forest-labs/FLUX.1-dev",
+    configs="flux1-dev",
+    tiny_vae_hub_id="madebyollin/taef1",
+)
+
+FLUX_SCHNELL = replace(
+    FLUX_DEV,
+    name="flux-schnell",
+    summary="FLUX.1 schnell, distilled to four steps without guidance",
+    parameters=11_891_178_560,
+    steps=4,
+    guidance_scale=0.0,
+    guidance="none",
+    call_arguments=(("max_sequence_length", 256),),  # the most that it was trained for
+    hub_id="black-forest-labs/FLUX.1-schnell",
+    configs="flux1-schnell",
+)
+
+SD35_MEDIUM = Model(
+    name="sd3.5-medium",
+    summary="Stable Diffusion 3.5 medium, a transformer with three text encoders",
+    pipeline="StableDiffusion3Pipeline",
+    denoiser="transformer",
+    parameters=2_243_171_520,
+    height=1024,
+    width=1024,
+    steps=40,
+    guidance_scale=4.5,
+    multiple=16,
+    written_out=True,
+    # diffusers' processor for fused projections knows neither its second attention nor the norms of queries and keys.
+    lacks=("fusable_projections", "plain_attention"),
+    hub_id="stabilityai/stable-diffusion-3.5-medium",
+    configs="sd3.5-medium",
+    tiny_vae_hub_id="madebyollin/taesd3",
+)
+
+SANA = Model(
+    name="sana",
+    summary="Sana 1.6B, linear attention on latents of 32×32 pixels each",
+    pipeline="SanaPipeline",
+    denoiser="transformer",
+    parameters=1_604_462_752,
+    height=1024,
+    width=1024,
+    steps=20,
+    guidance_scale=4.5,
+    multiple=32,
+    written_out=True,
+    call_arguments=(("use_resolution_binning", False),),  # as PixArt's
+    lacks=("fusable_projections", "plain_attention", "group_norms", "small_1x1_convolutions"),
+    hub_id="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
+    configs="sana-1600m-1024px",
 )
 
 MODELS = {
@@ -104,6 +193,7 @@ MODELS = {
             width=128,
             steps=30,
             guidance_scale=2.0,
+            chained_blocks=2,
             embedded="tiny",
         ),
         SDXL,
@@ -121,6 +211,11 @@ MODELS = {
         ),
         SD15,
         PIXART_ALPHA,
+        PIXART_SIGMA,
+        SD35_MEDIUM,
+        FLUX_DEV,
+        FLUX_SCHNELL,
+        SANA,
     )
 }
 
@@ -199,7 +294,8 @@ def _check_hub(hub_id: str, weights_file: str) -> None:
     """Weights in the hub's local cache need no hub."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(hub_id, weights_file), str):
+    files = weights_file, f"{weights_file}.index.json"  # large weights are several files, and an index of them
+    if any(isinstance(try_to_load_from_cache(hub_id, name), str) for name in files):
         return
     try:
         HfApi().model_info(hub_id, timeout=5)

@@ -1,4 +1,4 @@
-"""Modules of a network in the place of others."""
+"""Modules of a network in the place of others, and what their tensors take."""
 
 from __future__ import annotations
 
@@ -21,3 +21,10 @@ def replace_modules(network: Any, make: Callable[[Any], Any]) -> int:
         if made[module] is not None:
             setattr(*place(network, name), made[module])
     return sum(new is not None for new in made.values())
+
+
+def stored_bytes(tensor: Any) -> int:
+    """Bytes of a tensor as it is stored: a quantized weight is made of others, the numbers and their scales."""
+    if hasattr(tensor, "__tensor_flatten__") and hasattr(tensor, "tensor_data_names"):
+        return sum(stored_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return int(tensor.numel() * tensor.element_size())

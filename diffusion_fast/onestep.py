@@ -17,7 +17,8 @@ POINTS = 5  # steps of a trajectory that are looked at, the first and the last a
 ALLOWED = 1.2  # times the floor, for a recipe that claims to lose nothing
 ROUNDING = 1e-5  # relative: fp32's own floor is nought, and sums in another order differ by about a tenth of this
 
-Step = dict[str, Any]  # "index", "args" and "kwargs" of the denoiser, "output", and by number format "eager"
+# "index", "args" and "kwargs" of the denoiser, "output"; by number format "eager"; by the denoiser's dtype "dtypes".
+Step = dict[str, Any]
 
 
 def record(build: Build) -> list[Step]:
@@ -36,7 +37,8 @@ def record(build: Build) -> list[Step]:
         index += 1
         if index in wanted:
             kept = torch.utils._pytree.tree_map(lambda value: _moved(value, "cpu"), (args, kwargs, output[0]))
-            found.append({"index": index, "args": kept[0], "kwargs": kept[1], "output": kept[2], "eager": {}})
+            args, kwargs, given = kept
+            found.append({"index": index, "args": args, "kwargs": kwargs, "output": given, "eager": {}, "dtypes": {}})
 
     hook = build.denoiser.register_forward_hook(note, with_kwargs=True)
     try:
@@ -49,20 +51,51 @@ def record(build: Build) -> list[Step]:
 def replay(build: Build, steps: list[Step]) -> list[Any]:
     """The denoiser's outputs for recorded inputs, fp32 on the CPU. Raises RuntimeError rather than compile anew."""
     import torch
+    from torch.utils import _pytree as pytree
 
     device, dtype = build.pipe.device, build.denoiser.dtype
     outputs = []
     with torch.compiler.set_stance("fail_on_recompile"), ahead.nothing_new():
         for step in steps:
-            args, kwargs = torch.utils._pytree.tree_map(
-                lambda value: _moved(value, device, dtype), (step["args"], step["kwargs"])
-            )
+            leaves, tree = pytree.tree_flatten((step["args"], step["kwargs"]))
+            dtypes = step["dtypes"].get(str(dtype)) or [_usual(leaf, dtype) for leaf in leaves]
+            moved = [_moved(leaf, device, each) for leaf, each in zip(leaves, dtypes, strict=True)]
+            args, kwargs = pytree.tree_unflatten(moved, tree)
             outputs.append(build.denoiser(*args, **kwargs)[0].to("cpu", torch.float32, copy=True))
     return outputs
 
 
-def eager_in(build: Build, formats: set[str]) -> Iterator[str]:
-    """Bring the reference's pipeline into one number format after another. Leaves it in the last of them."""
+def floors(build: Build, steps: list[Step], formats: set[str]) -> Iterator[str]:
+    """Bring the reference's pipeline into one number format after another, and add to the steps what it gives there.
+
+    Leaves it in the last of them.
+    """
+    for numbers in _eager_in(build, formats):
+        dtypes = _given_dtypes(build)
+        for step in steps:
+            step["dtypes"][str(build.denoiser.dtype)] = dtypes
+        for step, output in zip(steps, replay(build, steps), strict=True):
+            step["eager"][numbers] = output
+        yield numbers
+
+
+def _given_dtypes(build: Build) -> list[Any]:
+    """Of all that the pipeline gives its denoiser, in a step: what its own dtype is, and what the scheduler's."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    found: list[Any] = []
+
+    def note(_: Any, args: Any, kwargs: Any) -> None:
+        found[:] = [
+            leaf.dtype if isinstance(leaf, torch.Tensor) else None for leaf in pytree.tree_leaves((args, kwargs))
+        ]
+
+    build.short_call(build.denoiser.register_forward_pre_hook(note, with_kwargs=True))
+    return found
+
+
+def _eager_in(build: Build, formats: set[str]) -> Iterator[str]:
     import copy
 
     import torch
@@ -115,9 +148,19 @@ def distance(one: Any, other: Any) -> float:
 
 
 def _moved(value: Any, device: Any, dtype: Any = None) -> Any:
-    """A tensor elsewhere; numbers alone, such as the time step, keep their type, for the scheduler gives them so."""
+    """A tensor elsewhere, with its repeats still one number: a time step for all rows is compiled as such."""
     import torch
 
     if not isinstance(value, torch.Tensor):
         return value
-    return value.to(device, dtype if dtype and value.ndim and value.is_floating_point() else None, copy=True)
+    one = value
+    for dim, stride in enumerate(value.stride()):
+        one = one.narrow(dim, 0, 1) if stride == 0 else one
+    return one.to(device, dtype, copy=True).expand(value.shape)
+
+
+def _usual(value: Any, dtype: Any) -> Any:
+    """The dtype in which a pipeline gives a tensor, where it hasn't been seen to: numbers alone are a scheduler's."""
+    import torch
+
+    return dtype if isinstance(value, torch.Tensor) and value.ndim and value.is_floating_point() else None

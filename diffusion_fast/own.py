@@ -14,7 +14,10 @@ from diffusion_fast.spec import DTYPES, Model, Recipe
 
 DENOISERS = ("unet", "transformer")
 # diffusers' own processors, that compute attention and nothing else: not an IP-Adapter's, for instance.
-PLAIN = {"AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0"}
+PLAIN = {
+    *("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0"),
+    *("FluxAttnProcessor", "JointAttnProcessor2_0", "SanaAttnProcessor2_0", "SanaLinearAttnProcessor2_0"),
+}
 LATE = {"guidance_cutoff": "it works by an argument of each call"}
 
 
@@ -64,13 +67,15 @@ def optimize(pipe: Any, *names: str, compile_mode: str = "default", example: Map
 
 def _model_of(pipe: Any) -> Model:
     """What optimizations ask of a model, of this pipeline: what is known of its class, and its own numbers."""
+    from diffusion_fast import chained
+
     kind = type(pipe).__name__
     denoiser = next((each for each in DENOISERS if getattr(pipe, each, None) is not None), None)
     if denoiser is None:
         raise ValueError(f"{kind} has neither a unet nor a transformer.")
     known = next((each for each in MODELS.values() if each.pipeline == kind), None)
     network = getattr(pipe, denoiser)
-    latents = network.config.get("sample_size")
+    latents = network.config.get("sample_size") or getattr(pipe, "default_sample_size", None)
     guidance = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
     if not isinstance(latents, int) or not hasattr(pipe, "vae_scale_factor") or guidance is None:
         raise ValueError(f"{kind} isn't known here: its own size of pictures and guidance can't be told.")
@@ -85,7 +90,12 @@ def _model_of(pipe: Any) -> Model:
         width=pixels,
         steps=30,
         guidance_scale=guidance.default,
+        guidance=known.guidance if known else "classifier-free",
+        multiple=known.multiple if known else 8,
+        lacks=known.lacks if known else (),
         least_steps=known.least_steps if known else 1,
+        chained_blocks=chained.longest(network),
+        cacheable_blocks=known.cacheable_blocks if known else False,
         call_arguments=known.call_arguments if known else (),
     )
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,8 +77,9 @@ def call_for(build: Build, prompts: list[str], seeds: list[int]) -> list[Any]:
 
 
 def _noise_shape(build: Build) -> tuple[int, int, int]:
+    """Of one image's latents, as the VAE decodes them."""
     scale = build.pipe.vae_scale_factor
-    return (build.denoiser.config.in_channels, build.spec.height // scale, build.spec.width // scale)
+    return (build.pipe.vae.config.latent_channels, build.spec.height // scale, build.spec.width // scale)
 
 
 def _paint(build: Build, prompts: str | list[str], images_per_prompt: int, generator: Any, noise: Any) -> list[Any]:
@@ -86,6 +89,8 @@ def _paint(build: Build, prompts: str | list[str], images_per_prompt: int, gener
     (docs/experiments.md).
     """
     spec = build.spec
+    if hasattr(build.pipe, "_pack_latents"):  # its denoiser takes rows of 2×2 latents, and it asks for them as rows
+        noise = build.pipe._pack_latents(noise, *noise.shape)
     images: list[Any] = build.pipe(
         prompts,
         num_inference_steps=spec.steps,
@@ -156,7 +161,8 @@ def _from_configs(build: Build) -> Any:
         files["vae"] = folder / f"{build.model.fp16_vae_config}.json"
     configs = {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
     if build.tiny_vae:
-        configs["vae"] = {"_class_name": "AutoencoderTiny"}  # by its defaults, which are TAESD's
+        # By its defaults, which are TAESD's; those for other models differ in the latents alone.
+        configs["vae"] = {"_class_name": "AutoencoderTiny", "latent_channels": configs["vae"]["latent_channels"]}
     parts: dict[str, Any] = dict.fromkeys(build.model.left_out)
     for name, config in configs.items():
         torch.manual_seed(0)  # each, so that another VAE doesn't come with other text encoders
@@ -184,10 +190,33 @@ def _from_config(config: dict[str, Any]) -> Any:
 
 
 def _tokenizer(config: dict[str, Any]) -> Any:
-    """One for a text encoder that needs no vocabulary file: its tokens are bytes."""
+    """One for a text encoder that needs no vocabulary file: its tokens are bytes.
+
+    But for one whose pipeline puts instructions before each prompt, so that it isn't padded to a length of its own.
+    """
     from transformers import ByT5Tokenizer
 
+    if config["model_type"] == "gemma2":
+        return word_tokenizer(config["vocab_size"])
     return ByT5Tokenizer() if config["model_type"] == "t5" else byte_tokenizer()
+
+
+def word_tokenizer(vocabulary: int) -> Any:
+    """A tokenizer whose tokens are words, and ids below `vocabulary` their checksums: it needs no vocabulary file.
+
+    Of English it makes about as many tokens as one with a large vocabulary does, and encoding the text costs as much.
+    """
+    from transformers import ByT5Tokenizer
+
+    class WordTokenizer(ByT5Tokenizer):  # type: ignore[misc]
+        def _tokenize(self, text: str, **_: Any) -> list[str]:
+            return re.findall(r"\w+|[^\w\s]", text)
+
+        def _convert_token_to_id(self, token: str) -> int:
+            special = len(self.all_special_ids)
+            return special + zlib.crc32(token.encode()) % (vocabulary - special)
+
+    return WordTokenizer(extra_ids=0)
 
 
 def byte_tokenizer(start_id: int = 49406) -> Any:
@@ -208,9 +237,13 @@ def byte_tokenizer(start_id: int = 49406) -> Any:
 
 
 def _vanilla_attention(build: Build) -> None:
-    """The baseline's attention: scores as one explicit matrix, in the UNet, the VAE and the text encoders."""
+    """The baseline's attention: scores as one explicit matrix, in the denoiser, the VAE and the text encoders."""
+    from diffusion_fast import scores
+
     for _, network in build.networks():
         if hasattr(network, "set_default_attn_processor"):
             network.set_default_attn_processor()
+        elif hasattr(network, "set_attn_processor"):
+            scores.write_out(network)
         elif hasattr(network, "set_attn_implementation"):
             network.set_attn_implementation("eager")

@@ -125,15 +125,21 @@ def plan_recipe(model: Model, recipe: Recipe, device: Device) -> tuple[str, ...]
         field, needed = known.requires_where
         if field and getattr(model, field) and not names & set(needed):
             raise ValueError(f"{name} requires {' or '.join(needed)} on {model.name}: add {needed[0]}.")
-        if not applies(known, model):
-            raise ValueError(f"{name} can't be applied to {model.name}: it has no {known.model_needs}.")
+        if lacking := lacked(known, model):
+            raise ValueError(f"{name} can't be applied to {model.name}: it has no {lacking}.")
     order = list(OPTIMIZATIONS)
     return tuple(sorted(names, key=lambda name: (STAGES.index(OPTIMIZATIONS[name].stage), order.index(name))))
 
 
 def applies(optimization: Optimization, model: Model) -> bool:
     """Whether the model has what the optimization changes."""
-    return not optimization.model_needs or bool(getattr(model, optimization.model_needs))
+    return not lacked(optimization, model)
+
+
+def lacked(optimization: Optimization, model: Model) -> str:
+    """What the optimization needs and the model has not; "" where it has all."""
+    needs = [optimization.model_needs, "classifier_free_guidance" if optimization.needs_guidance else ""]
+    return next((need for need in needs if need and (need in model.lacks or not getattr(model, need, True))), "")
 
 
 def plan_ladder(
@@ -153,9 +159,11 @@ def plan_ladder(
             raise ValueError(f"{what} must be at least 1, not {value}.")
     if settings.guidance_scale is not None and not math.isfinite(settings.guidance_scale):
         raise ValueError(f"guidance must be a finite number, not {settings.guidance_scale}.")
+    if settings.guidance_scale and model.guidance == "none":
+        raise ValueError(f"{model.name} was distilled to do without guidance: leave --guidance out.")
     for what in ("height", "width"):
-        if (getattr(settings, what) or 8) % 8:
-            raise ValueError(f"{what} must be a multiple of 8, not {getattr(settings, what)}.")
+        if (getattr(settings, what) or 0) % model.multiple:
+            raise ValueError(f"{what} must be a multiple of {model.multiple}, not {getattr(settings, what)}.")
     if settings.steps is not None and settings.steps < model.least_steps:
         raise ValueError(f"{model.name} can't be run with fewer than {model.least_steps} steps.")
     scale = model.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
@@ -164,9 +172,17 @@ def plan_ladder(
         notes += (f"{model.name} knows only its small world, of scenes like {model.prompt!r}: this prompt isn't one",)
     accuracy_prompts = _accuracy_prompts(model, settings)
     recipes = tuple(recipes)
-    for each in {each for recipe in recipes for each in recipe.optimizations}:
-        if lookup("optimization", each, OPTIMIZATIONS).needs_guidance and scale <= 1:
+    for each in dict.fromkeys(each for recipe in recipes for each in recipe.optimizations):
+        known = lookup("optimization", each, OPTIMIZATIONS)
+        if known.needs_guidance and scale <= 1:
             raise ValueError(f"{each} needs a guidance scale above 1, and there is no guidance at {scale:g}.")
+        if settings.batch_size < known.least_batch:
+            raise ValueError(
+                f"{each} has no effect on a batch of {settings.batch_size}: take {known.least_batch} or more."
+            )
+        if known.leaves_out:
+            part = known.leaves_out.replace("_", " ")
+            notes += (f"{each} leaves {part} out of what is timed: calls that repeat a prompt do without it",)
     approximate = any(not same_work(recipe.optimizations) for recipe in recipes)
     if approximate and (settings.weights or model.default_weights) == "random":
         notes += ("random weights paint no picture: what an approximation loses can't be told from it",)
@@ -268,7 +284,7 @@ def find_ladder(name: str, device: Device, model: Model) -> tuple[tuple[Recipe, 
         elif device.capability is not None and device.capability < known.min_capability:
             absent[each] = f"{device.name} has too low a compute capability"
         elif not applies(known, model):
-            absent[each] = f"{model.name} has no {known.model_needs}"
+            absent[each] = f"{model.name} has no {lacked(known, model)}"
     fitted: dict[Recipe, Recipe] = {}  # each as it was written, and as it can be measured
     notes = [f"{each} is left out: {why}" for each, why in absent.items()]
     for recipe in recipes:

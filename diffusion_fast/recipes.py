@@ -38,7 +38,10 @@ NORMS = LAYOUT.plus("norms", "group_norm_kernels")
 ATTENTION = NORMS.plus("attention", "attention_backend")
 PERSISTENT = ATTENTION.plus("persistent", "persistent_reductions")
 GEGLU = PERSISTENT.plus("geglu", "fused_geglu")
-LOSSLESS = GEGLU.plus("prompt", "prompt_projections")
+PROMPT = GEGLU.plus("prompt", "prompt_projections")
+ADD_NORM = PROMPT.plus("add-norm", "fused_add_norm")
+LOSSLESS = ADD_NORM.plus("time", "time_projections")
+PDL = LOSSLESS.plus("pdl", "dependent_launch")  # to be measured: the next ones do without
 FP8 = LOSSLESS.plus("fp8", "fp8_rows")
 INT8 = LOSSLESS.plus("int8", "int8_rows")
 # In fp8 convolutions lose too much: 8.8% of a step.
@@ -51,13 +54,25 @@ CONTROLS = tuple(
     for share in (0.8, 0.67, 0.5, 0.4, 0.33, 0.27, 0.2)
 )
 
+# For a GPU with little memory: each by itself, and two together. Eager, for layerwise casting can't be compiled;
+# vae_slicing has a use for batches alone.
+EAGER = replace(SDPA, name="eager")
+SMALLER = (
+    EAGER.plus("vae-tiling", "vae_tiling"),
+    EAGER.plus("layerwise-casting", "layerwise_casting"),
+    EAGER.plus("int8-weights", "int8_weight_only"),
+    EAGER.plus("fp8-weights", "fp8_weight_only"),
+    EAGER.plus("int4-weights", "int4_weight_only"),
+    EAGER.plus("int4-and-tiling", "int4_weight_only", "vae_tiling"),
+)
+
 AA = "aa"
 LADDERS: dict[str, tuple[Recipe, ...]] = {
     "progressive": PROGRESSIVE,
     "progressive-modes": (*PROGRESSIVE, *DEFAULT_MODE),
     "fast": (
         *(BASELINE, DEFAULT_MODE[-1], REGIONAL, GRAPH, HOST, CUDNN, LAYOUT, NORMS, ATTENTION, PERSISTENT, GEGLU),
-        *(LOSSLESS, INT8, FP8, CONVOLUTIONS),
+        *(PROMPT, ADD_NORM, LOSSLESS, PDL, INT8, FP8, CONVOLUTIONS),
     ),
     "turbo": (
         PLAIN,
@@ -68,7 +83,9 @@ LADDERS: dict[str, tuple[Recipe, ...]] = {
         PLAIN.plus("feature-forecast", "feature_forecast"),
         PLAIN.plus("cutoff-and-forecast", "guidance_cutoff", "feature_forecast"),
         PLAIN.plus("all", "guidance_cutoff", "feature_forecast", "tiny_vae"),
+        PLAIN.plus("all-fp8", "guidance_cutoff", "feature_forecast", "tiny_vae", "fp8_rows"),
     ),
+    "memory": (EAGER, *SMALLER),
     "cpu": (SDPA, COMPILE, FUSED_QKV),  # its three experiments on a CPU
     # One recipe under two names: what differs between them is the noise of the machine.
     AA: (Recipe("a", SDPA.optimizations), Recipe("b", SDPA.optimizations)),

@@ -15,14 +15,16 @@ from typing import Any
 
 from diffusion_fast import graphs
 from diffusion_fast.measure import GIB, Stopwatches, timed
-from diffusion_fast.optimizations import Build
+from diffusion_fast.modules import stored_bytes
+from diffusion_fast.optimizations import Build, left_out
 
 KINDS = ("linear", "convolution", "attention")
 # Operators of ours: rows, weights, and what else.
 LINEARS = ("scaled_matmul", "cast_matmul", "linear_geglu", "scaled_matmul_geglu")
 # Batched matmuls are attention's alone, and the rest of what is counted are its fused kernels.
 KIND_OF = {
-    **dict.fromkeys(("aten.mm", "aten.addmm", "aten._int_mm"), "linear"),
+    **dict.fromkeys(("aten.mm", "aten.addmm", "aten._int_mm", "aten._scaled_mm"), "linear"),
+    **dict.fromkeys(("aten._weight_int4pack_mm", "aten._weight_int4pack_mm_for_cpu"), "linear"),
     **dict.fromkeys((f"diffusion_fast.{name}" for name in LINEARS), "linear"),
     **dict.fromkeys(("aten.convolution", "diffusion_fast.convolution_nhwc"), "convolution"),
 }
@@ -49,8 +51,14 @@ def count_flops(build: Build) -> dict[str, dict[str, float]]:
         return float(sum(count for name, count in counts.items() if KIND_OF.get(str(name), "attention") == kind))
 
     pipe, steps = build.pipe, build.model.least_steps
+
+    def packed(one: Any, *_: Any, out_shape: Any, **__: Any) -> Any:  # of weights whose own shape says nothing
+        return 2 * math.prod(out_shape) * one[-1]
+
     unknown_to_torch = {  # by the shapes of their arguments
         torch.ops.aten._int_mm: lambda one, other, **_: 2 * one[0] * one[1] * other[1],
+        torch.ops.aten._weight_int4pack_mm: packed,
+        torch.ops.aten._weight_int4pack_mm_for_cpu: packed,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda query, key, value, *_, **__: sdpa_flop_count(
             query, key, value
         ),
@@ -109,23 +117,18 @@ def weight_bytes(build: Build) -> dict[str, int]:
 
 
 def _bytes_of(network: Any) -> int:
-    return sum(map(_bytes, chain(network.parameters(), network.buffers())))
-
-
-def _bytes(tensor: Any) -> int:
-    # A quantized weight is a tensor made of others: the numbers, their scales.
-    if hasattr(tensor, "__tensor_flatten__") and hasattr(tensor, "tensor_data_names"):
-        return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return int(tensor.numel() * tensor.element_size())
+    return sum(map(stored_bytes, chain(network.parameters(), network.buffers())))
 
 
 def limits(build: Build, flops: dict[str, dict[str, float]], latency_s: float) -> dict[str, float]:
-    """How much of the device a call of `latency_s` seconds uses.
+    """How much of the device a call of `latency_s` seconds uses. Parts that such calls are without don't count.
 
     `floor_s` is the sum over the call's parts of what takes longer, to compute them or to read their weights once.
     """
     found = ceilings(build)
-    calls = dict(zip(PARTS, (1, build.spec.steps, 1), strict=True))
+    calls = dict(zip(PARTS, (1, build.spec.steps, 1), strict=True)) | dict.fromkeys(
+        left_out(build.spec.optimizations), 0
+    )
     sizes = weight_bytes(build)
     of_denoiser, of_vae = sizes[build.model.denoiser], _bytes_of(build.pipe.vae.decoder)
     read = dict(zip(PARTS, (sum(sizes.values()) - of_denoiser - sizes["vae"], of_denoiser, of_vae), strict=True))

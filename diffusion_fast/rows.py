@@ -7,7 +7,7 @@ import hashlib
 import io
 from typing import Any
 
-from diffusion_fast.optimizations import compiles
+from diffusion_fast.optimizations import compiles, left_out
 from diffusion_fast.spec import SWEEP, Failure, Ladder, Outcome, Result
 
 # MLflow keeps parameters and tags as strings: these are the columns that come back as numbers.
@@ -20,6 +20,12 @@ SERIES = (
     "one_step_floor",
     "one_step_to_eager",
 )  # metrics of many values, by repeat or by step
+# diffusion-fast's own words for what it quantizes to.
+SEED_QUANT = {
+    "int8_dynamic": "int8dynamic",
+    "int8_weight_only": "int8weightonly",
+    "int4_weight_only": "int4weightonly",
+}
 FIDELITY = ("psnr_db", "ssim", "psnr_eager_db", "ssim_eager", "clip_score")
 ONE_STEP = ("error", "floor", "to_eager")  # of the reference, eager's own, and of eager in the same number format
 METRICS = (
@@ -235,12 +241,19 @@ def warnings(row: dict[str, Any]) -> list[str]:
         found.append(f"another process was on the GPU while {rung} was measured")
     if row.get("held_back"):
         found.append(f"the GPU was held back ({row['held_back']}) while {rung} was measured")
+    for part in left_out(_names(row)):
+        found.append(f"{rung} repeats one prompt, and what was measured is without {part.replace('_', ' ')}")
     if row.get("fidelity_ok") is False:
         error, floor = row["one_step_error_max"], row["one_step_floor_max"]
         found.append(f"{rung} loses more than rounding: a step's error is {error:.1e}, eager's is {floor:.1e}")
     if row.get("problem"):
         found.append(f"{rung}: {row['problem']}")
     return found
+
+
+def _names(row: dict[str, Any]) -> list[str]:
+    names = row.get("optimizations")  # not a number, in a frame, where there are none
+    return [name for name in names.split(",") if name] if isinstance(names, str) else []
 
 
 def row(outcome: Outcome, base: Result | None) -> dict[str, Any]:
@@ -260,8 +273,8 @@ def typed(texts: dict[str, Any]) -> dict[str, Any]:
 
 def seed_row(flat: dict[str, Any]) -> dict[str, Any]:
     """The columns of diffusion-fast's own CSV, by its names."""
-    names = (flat.get("optimizations") or "").split(",")
-    compiled = compiles(name for name in names if name)
+    names = _names(flat)
+    compiled = compiles(names)
     memory = flat.get("peak_memory_gib")
     return {
         "pipeline_cls": flat.get("pipeline_cls", ""),
@@ -269,14 +282,14 @@ def seed_row(flat: dict[str, Any]) -> dict[str, Any]:
         "bf16": "bf16" in names,
         "sdpa": "sdpa" in names,
         "fused_qkv_projections": "fused_qkv" in names,
-        "upcast_vae": False,  # the VAE runs in the recipe's dtype
+        "upcast_vae": "upcast_vae" in names,
         "batch_size": flat["batch_size"],
         "num_inference_steps": flat["steps"],
         "compile_unet": compiled,
         "compile_vae": compiled,
         "compile_mode": flat.get("compile_mode", ""),
         "change_comp_config": "inductor_tuning" in names,
-        "do_quant": "int8dynamic" if "int8_dynamic" in names else "",
+        "do_quant": next((theirs for ours, theirs in SEED_QUANT.items() if ours in names), ""),
         "time (secs)": flat.get("latency_median_s"),
         "memory (gbs)": memory,
         "actual_gpu_memory (gbs)": flat.get("peak_reserved_gib"),

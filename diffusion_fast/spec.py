@@ -57,9 +57,16 @@ class Model(_Json):
     width: int
     steps: int
     guidance_scale: float
+    # By a second, unconditional row of each step, by an input of the denoiser, or not at all.
+    guidance: Literal["classifier-free", "embedded", "none"] = "classifier-free"
     least_steps: int = 1  # that the pipeline can make
+    chained_blocks: int = 0  # transformer blocks in a row, at most, that have plain layer norms; 0: never two
+    multiple: int = 8  # of pixels, that height and width have to be
+    written_out: bool = False  # diffusers has no vanilla attention for its denoiser, see scores.py
+    lacks: tuple[str, ...] = ()  # what most models have and an optimization may need, by the words of `model_needs`
     prompt: str = "ghibli style, a fantasy landscape with castles"  # diffusion-fast's own
     small_world: bool = False  # paints the scenes of world.py, so that what it paints can be judged
+    cacheable_blocks: bool = False  # its transformer's blocks are such as diffusers' first-block cache knows
     outliers: bool = False  # a few channels are made much larger, as trained weights have them, see outliers.py
     scheduler: str = ""  # class in diffusers, in the place of the one that comes with the weights
     left_out: tuple[str, ...] = ()  # components of the pipeline that do without
@@ -79,6 +86,14 @@ class Model(_Json):
     @property
     def unet(self) -> bool:
         return self.denoiser == "unet"
+
+    @property
+    def classifier_free_guidance(self) -> bool:
+        return self.guidance == "classifier-free"
+
+    @property
+    def transformer(self) -> bool:
+        return self.denoiser == "transformer"
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from typing import Any, Literal
 
 from diffusion_fast import rows, spool
 from diffusion_fast.models import MODELS
-from diffusion_fast.optimizations import OPTIMIZATIONS, Build, compiles, same_work
+from diffusion_fast.optimizations import OPTIMIZATIONS, Build, compiles, left_out, same_work
 from diffusion_fast.spec import REFERENCE, Failure, Result, RunSpec
 
 JPEG_BYTES = 200_000
@@ -111,10 +111,10 @@ def make_reference(spec: RunSpec, folder: Path, progress: Progress) -> None:
         pictures = _painted(build)[1]
         numpy.savez_compressed(folder / spool.REFERENCE_PROMPTS, pictures=pictures)
     images = {"float32": decoded}
-    for numbers in onestep.eager_in(build, {rung.numbers for rung in spool.read_ladder(folder.parent).rungs}):
-        progress(f"the same in {numbers}")
-        for step, output in zip(steps, onestep.replay(build, steps), strict=True):
-            step["eager"][numbers] = output
+    progress("the same in the rungs' number formats")
+    formats = {rung.numbers for rung in spool.read_ladder(folder.parent).rungs}
+    for numbers in onestep.floors(build, steps, formats):
+        progress(f"the image in {numbers}")
         images[numbers] = _phases(build)[1]
     partial = folder / f".{spool.REFERENCE_IMAGE}"
     save_file(images, partial)
@@ -312,7 +312,7 @@ def _phases(build: Build) -> tuple[dict[str, float], Any]:
         parts = {"denoising_s": denoising, "denoising_step_s": denoising / build.spec.steps}
         runs.append(watches.totals | parts)
     decoded = watches.first_arguments["postprocessing_s"]
-    image = pipe.image_processor.denormalize(decoded).to("cpu", torch.float32)
+    image = pipe.image_processor.denormalize(decoded).to("cpu", torch.float32).contiguous()  # as its file has to be
     return {name: statistics.median(run[name] for run in runs) for name in runs[0]}, image
 
 
@@ -365,6 +365,7 @@ def _profile(build: Build, folder: Path, flops_file: Path, limits: dict[str, flo
 
     known = flops_file.is_file() and same_work(build.spec.optimizations)
     flops = spool.read_json(flops_file) if known else {}
+    flops = {part: counts for part, counts in flops.items() if part not in left_out(build.spec.optimizations)}
     return {"profile": profile.profile(build, folder, flops, limits)}
 
 

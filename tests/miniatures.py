@@ -11,8 +11,9 @@ from typing import Any
 from diffusion_fast.models import MODELS, PACKAGE
 from diffusion_fast.spec import Model
 
-NAMES = ("sdxl", "ssd-1b", "sd15", "pixart-alpha")
-CONTEXT = 32  # numbers of a token, of each text encoder
+NAMES = tuple(name for name, model in MODELS.items() if model.configs and not model.outliers)
+CONTEXT = 32  # numbers of a token, of each text encoder that is CLIP's
+LONG_CONTEXT = 64  # and of the others, at least as many as of two of CLIP's together
 
 Config = dict[str, Any]
 
@@ -23,7 +24,12 @@ def _clip(config: Config) -> Config:
 
 
 def _t5(config: Config) -> Config:
-    return {"d_model": CONTEXT, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 2, "vocab_size": 512}
+    return {"d_model": LONG_CONTEXT, "d_ff": 64, "d_kv": 8, "num_heads": 4, "num_layers": 2, "vocab_size": 512}
+
+
+def _gemma(config: Config) -> Config:
+    small = {"hidden_size": LONG_CONTEXT, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 512}
+    return small | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16}
 
 
 def _vae(config: Config) -> Config:
@@ -51,26 +57,76 @@ def _pixart(config: Config) -> Config:
         "num_attention_heads": heads,
         "attention_head_dim": dim,
         "cross_attention_dim": heads * dim,
-        "caption_channels": CONTEXT,
+        "caption_channels": LONG_CONTEXT,
     }
+
+
+def _flux(config: Config) -> Config:
+    return {
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "num_attention_heads": 4,
+        "attention_head_dim": 16,
+        "axes_dims_rope": [4, 6, 6],
+        "joint_attention_dim": LONG_CONTEXT,
+        "pooled_projection_dim": CONTEXT,
+    }
+
+
+def _sd3(config: Config) -> Config:
+    return {
+        "num_layers": 3,
+        "dual_attention_layers": [0, 1],
+        "num_attention_heads": 4,
+        "attention_head_dim": 16,
+        "caption_projection_dim": 4 * 16,
+        "joint_attention_dim": LONG_CONTEXT,
+        "pooled_projection_dim": 2 * CONTEXT,
+        "pos_embed_max_size": 16,
+    }
+
+
+def _sana(config: Config) -> Config:
+    return {
+        "num_layers": 2,
+        "num_attention_heads": 4,
+        "attention_head_dim": 16,
+        "num_cross_attention_heads": 2,
+        "cross_attention_head_dim": 32,
+        "cross_attention_dim": 4 * 16,
+        "caption_channels": LONG_CONTEXT,
+    }
+
+
+def _deep_vae(config: Config) -> Config:
+    """Six levels, as it has: they decide how many pixels a latent stands for."""
+    levels = {"block_out_channels": [8, 8, 8, 16, 16, 32], "layers_per_block": [1] * 6}
+    small = {f"{part}_{name}": value for part in ("encoder", "decoder") for name, value in levels.items()}
+    return small | {"attention_head_dim": 8}
 
 
 SMALLER: dict[str, Callable[[Config], Config]] = {
     "CLIPTextModel": _clip,
     "CLIPTextModelWithProjection": _clip,
     "T5EncoderModel": _t5,
+    "Gemma2Model": _gemma,
     "AutoencoderKL": _vae,
+    "AutoencoderDC": _deep_vae,
     "UNet2DConditionModel": _unet,
     "PixArtTransformer2DModel": _pixart,
+    "FluxTransformer2DModel": _flux,
+    "SD3Transformer2DModel": _sd3,
+    "SanaTransformer2DModel": _sana,
 }
 
 
 def miniature(name: str, folder: Path) -> Model:
-    """The model `name` with small networks, at 64×64 pixels. Writes its configs to `folder`."""
+    """The model `name` with small networks and pictures. Writes its configs to `folder`."""
     model = MODELS[name]
     for file in (PACKAGE / "configs" / model.configs).glob("*.json"):
         config: Config = json.loads(file.read_text())
         kind = config.get("_class_name") or config["architectures"][0]
         smaller = SMALLER.get(kind, lambda _: {})
         (folder / file.name).write_text(json.dumps(config | smaller(config)))
-    return replace(model, configs=str(folder), height=64, width=64, int8_excluded_shapes=())
+    pixels = max(64, min(6 * model.multiple, 128))  # enough rows for eight bits
+    return replace(model, configs=str(folder), height=pixels, width=pixels, int8_excluded_shapes=())

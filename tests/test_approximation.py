@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,11 +12,15 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, UNet2DConditionModel
 
+from diffusion_fast import plan
 from diffusion_fast.models import MODELS
 from diffusion_fast.optimizations import OPTIMIZATIONS, Build, approximation, same_work
 from diffusion_fast.optimizations.approximation import REUSE_EVERY, ReusedFeatures
 from diffusion_fast.pipeline import _from_configs, call, call_for
-from tests.conftest import planned
+from diffusion_fast.plan import plan_recipe
+from diffusion_fast.spec import Recipe
+from tests.conftest import H100, planned
+from tests.test_models import pixels, small
 from tests.test_optimizations import build
 
 
@@ -131,6 +136,67 @@ def test_both_together_compute_in_full_where_the_rows_change() -> None:
     call(made)
     assert middle == [2, 2, 1, 1]  # steps 0, 3, 4 (guidance has ended) and 6
     assert approximation.GUIDED == 0.5
+
+
+def small_pixart(folder: Path, monkeypatch: pytest.MonkeyPatch, *names: str, steps: int = 10) -> tuple[Build, Any]:
+    return small("pixart-alpha", folder, monkeypatch, *names, steps=steps)
+
+
+def test_the_first_block_alone_computes_in_steps_in_which_it_adds_what_it_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = pixels(small_pixart(tmp_path, monkeypatch)[0])
+    monkeypatch.setattr(approximation, "FIRST_BLOCK_CHANGE", 10.0)  # however much it changes
+    made, applied = small_pixart(tmp_path, monkeypatch, "first_block_cache")
+    first, second = (calls_of(block.ff.net[2]) for block in made.denoiser.transformer_blocks)
+    assert applied["first_block_cache"] == {"threshold": 10.0, "blocks": 1}
+    found = pixels(made)
+    assert (len(first), len(second)) == (10, 1)
+    assert made.proofs["first_block_cache"]() == {"computed": 1, "skipped": 9}
+    assert 0 < (found - plain).norm() / plain.norm() < 0.1
+    assert pixels(made).equal(found)  # a new trajectory starts in full
+    assert len(second) == 2
+    assert not same_work(made.spec.optimizations)
+
+
+def test_a_cache_that_never_serves_is_no_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = pixels(small_pixart(tmp_path, monkeypatch)[0])
+    monkeypatch.setattr(approximation, "FIRST_BLOCK_CHANGE", -1.0)
+    made, _ = small_pixart(tmp_path, monkeypatch, "first_block_cache")
+    assert pixels(made).equal(plain)  # where nothing is reused, nothing differs
+    with pytest.raises(RuntimeError, match="first_block_cache: all of 1 modules were computed in each of 10 steps"):
+        made.proofs["first_block_cache"]()
+
+
+def test_attention_serves_several_steps_but_the_first_and_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = pixels(small_pixart(tmp_path, monkeypatch)[0])
+    made, applied = small_pixart(tmp_path, monkeypatch, "pyramid_attention_broadcast")
+    assert applied["pyramid_attention_broadcast"] == {"attention_layers": 4, "spatial": 2, "cross": 6}
+    block = made.denoiser.transformer_blocks[0]
+    projected = {name: calls_of(getattr(block, name).to_out[0]) for name in ("attn1", "attn2")}
+    found = pixels(made)
+    times = made.pipe.scheduler.timesteps.tolist()
+    least, most = approximation.BROADCAST_TIMES
+    for name, every in (("attn1", 2), ("attn2", 6)):
+        expected = [step for step, time in enumerate(times) if step % every == 0 or not least < time < most]
+        assert len(projected[name]) == len(expected) < 10
+    proof = made.proofs["pyramid_attention_broadcast"]()
+    assert proof["computed"] == 2 * sum(map(len, projected.values()))  # in both blocks
+    assert proof["computed"] + proof["skipped"] == 4 * 10
+    assert 0 < (found - plain).norm() / plain.norm() < 0.1
+    assert pixels(made).equal(found)
+
+
+@pytest.mark.parametrize("name", ["first_block_cache", "pyramid_attention_broadcast"])
+def test_what_skips_a_transformers_modules_is_refused_elsewhere_and_where_it_would_be_compiled(name: str) -> None:
+    pixart = MODELS["pixart-alpha"]
+    with pytest.raises(ValueError, match=f"{name} can't be applied to sdxl: it has no"):
+        plan_recipe(MODELS["sdxl"], Recipe("mine", (name,)), H100)
+    for other in ("compile", "regional_compile", "ahead_of_time", "cuda_graph"):
+        with pytest.raises(ValueError, match="exclude each other"):
+            plan_recipe(pixart, Recipe("mine", (name, other)), H100)
+    other = replace(pixart, cacheable_blocks=False)
+    assert ("transformer" in OPTIMIZATIONS[name].model_needs) == plan.applies(OPTIMIZATIONS[name], other)
 
 
 def test_a_tiny_vae_decodes_sdxls_latents_to_the_same_size() -> None:

@@ -75,7 +75,7 @@ def test_list_models_is_what_the_docs_say() -> None:
         (("run", "--recipe", "fused"), "nearest are fused-qkv"),
         (("run", "--with", "int8_dynamic"), "int8_dynamic requires"),
         (("run", "--with", "fused_qkv"), "fused_qkv requires sdpa"),
-        (("run", "--with", "fp8_dynamic", "--device", "cpu"), "There is no optimization 'fp8_dynamic'"),
+        (("run", "--with", "fp8_dynamics", "--device", "cpu"), "There is no optimization 'fp8_dynamics'"),
         (("ladder", "--only", "compil"), "nearest are"),
         (("ladder", "--weights", "random"), "can't be built from random weights"),
         (("ladder", "--weights", "/nowhere"), "model_index.json"),

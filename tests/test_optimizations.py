@@ -17,7 +17,7 @@ from diffusion_fast.pipeline import _from_configs, build_pipeline, byte_tokenize
 from diffusion_fast.plan import plan_recipe
 from diffusion_fast.spec import Recipe
 from diffusion_fast.watch import Watch
-from tests.conftest import CPU, planned
+from tests.conftest import CPU, H100, planned
 
 
 @pytest.fixture(autouse=True)
@@ -225,6 +225,37 @@ def test_the_fp16_fix_proves_that_the_vae_was_replaced() -> None:
     made.pipe.vae.register_to_config(force_upcast=True)
     with pytest.raises(RuntimeError, match="still asks to be upcast"):
         made.proofs["vae_fp16_fix"]()
+
+
+def test_an_upcast_vae_decodes_in_fp32_what_was_denoised_in_16_bits() -> None:
+    made, _ = build("bf16", "sdpa", "upcast_vae")
+    seen: list[torch.dtype] = []
+    made.pipe.vae.decoder.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    made.denoiser.register_forward_hook(lambda *given: seen.append(given[-1][0].dtype))
+    picture = call(made)[0]
+    assert seen == [torch.bfloat16, torch.bfloat16, torch.float32]
+    assert made.proofs["upcast_vae"]() == {"vae_dtype": "float32"}
+    assert made.proofs["bf16"]() == {"dtype": "bfloat16"}
+    # What it decodes are the same latents, by the same weights.
+    half, _ = build("bf16", "sdpa")
+    given: list[torch.Tensor] = []
+    half.pipe.vae.post_quant_conv.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    assert call(half)[0].tobytes() != picture.tobytes()
+    vae = half.pipe.vae.to(torch.float32)
+    (expected,) = half.pipe.image_processor.postprocess(vae.decode(given[0].float(), return_dict=False)[0])
+    assert expected.tobytes() == picture.tobytes()
+    made.pipe.vae.decoder.conv_out.to(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="upcast_vae: the VAE has parameters in"):
+        made.proofs["upcast_vae"]()
+
+
+def test_fp16_on_sdxl_takes_a_vae_in_fp32_for_one_that_was_fixed() -> None:
+    names = plan_recipe(MODELS["sdxl"], Recipe("mine", ("fp16", "upcast_vae")), H100)
+    assert names == ("fp16", "upcast_vae")
+    with pytest.raises(ValueError, match="fp16 requires vae_fp16_fix or tiny_vae or upcast_vae on sdxl"):
+        plan_recipe(MODELS["sdxl"], Recipe("mine", ("fp16",)), H100)
+    with pytest.raises(ValueError, match="upcast_vae and vae_fp16_fix exclude each other"):
+        plan_recipe(MODELS["sdxl"], Recipe("mine", ("fp16", "upcast_vae", "vae_fp16_fix")), H100)
 
 
 def test_sdxl_is_built_at_its_full_size() -> None:

@@ -50,6 +50,29 @@ def test_a_pipeline_of_ones_own_paints_the_same(pipe: Any) -> None:
     assert abs(painted(pipe) - before).max() <= 1
 
 
+def test_a_pipeline_of_ones_own_in_less_memory(pipe: Any) -> None:
+    before = painted(pipe.to(torch.bfloat16))
+    names = ("sdpa", "layerwise_casting", "upcast_vae", "vae_tiling", "prompt_embedding_cache")
+    diffusion_fast.optimize(pipe, *names)
+    assert pipe.unet.conv_in.weight.dtype == torch.float8_e4m3fn
+    assert pipe.vae.dtype == torch.float32
+    found = painted(pipe)
+    assert 0 < abs(found - before).mean() < 15  # of 255: fp8 without a scale, and tiles of half the picture
+    assert abs(painted(pipe) - found).max() == 0
+    assert (pipe.encode_prompt.encoded, pipe.encode_prompt.reused) == (1, 1)
+
+
+def test_what_a_pipeline_of_ones_own_has_no_use_for_is_refused(pipe: Any) -> None:
+    with pytest.raises(ValueError, match="vae_slicing has no effect on a batch of 1"):
+        diffusion_fast.optimize(pipe, "vae_slicing")
+    with pytest.raises(ValueError, match="first_block_cache can't be applied to StableDiffusionXLPipeline"):
+        diffusion_fast.optimize(pipe, "first_block_cache")
+    with pytest.raises(ValueError, match="int8_weight_only requires bf16 or fp16"):
+        diffusion_fast.optimize(pipe, "int8_weight_only")
+    diffusion_fast.optimize(pipe, "vae_slicing", example={"num_images_per_prompt": 2})
+    assert pipe.vae.use_slicing
+
+
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, UniPCMultistepScheduler])
 def test_with_another_scheduler_before_and_after(pipe: Any, scheduler: Any) -> None:
     usual = painted(pipe)

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from PIL import Image
 from scipy.stats import ttest_1samp
 
-from diffusion_fast import report, spool, stats
+from diffusion_fast import report, rows, spool, stats
 from diffusion_fast.cli import main
 from tests.conftest import failure, keep, planned, result
 
@@ -138,6 +138,27 @@ def test_rounds_that_were_added_count_for_the_mean_and_not_for_the_spread(tmp_pa
     assert list(frame.loc["01-bf16"][["speedup", "speedup_low", "speedup_high"]]) == pytest.approx(
         [expected.ratio, expected.low, expected.high]
     )
+
+
+def test_the_published_columns_name_the_published_switches() -> None:
+    spec = planned().rungs[0]
+    for names, quant, upcast in (
+        (("bf16", "int8_weight_only"), "int8weightonly", False),
+        (("bf16", "upcast_vae", "int4_weight_only"), "int4weightonly", True),
+        (("bf16", "fp8_weight_only"), "", False),
+    ):
+        found = rows.seed_row(rows.row(result(replace(spec, optimizations=names)), None))
+        assert (found["do_quant"], found["upcast_vae"]) == (quant, upcast)
+
+
+def test_a_report_says_what_repeating_one_prompt_leaves_out(tmp_path: Path) -> None:
+    ladder = planned()
+    folder = spool.save_ladder(tmp_path, ladder)
+    keep(folder, result(ladder.rungs[0]))
+    keep(folder, result(replace(ladder.rungs[1], optimizations=("bf16", "prompt_embedding_cache"))))
+    told = "01-bf16 repeats one prompt, and what was measured is without text encoding"
+    assert report.warnings(report.from_spool(folder)) == [told]
+    assert f"Warning: {told}." in report.markdown(report.from_spool(folder))
 
 
 def test_rounds_that_failed_are_told(tmp_path: Path) -> None:

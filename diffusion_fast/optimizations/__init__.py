@@ -1,18 +1,22 @@
 """Every optimization: one decorated function each, in the module of its stage.
 
 registry.py       what an optimization is, and the pipeline in the making that it changes
-numbers.py        tf32, bf16, fp16, vae_fp16_fix, cudnn_benchmark
-layers.py         sdpa, attention_backend, attention_kernel, channels_last, no_layout_copies, fused_qkv,
-                  conv_as_linear, group_norm_kernels, fused_geglu, device_postprocessing, prompt_projections
-quantization.py   int8_dynamic, fp8_rows, int8_rows, fp8_convolutions, int8_convolutions
-compilation.py    inductor_tuning, persistent_reductions, compile, regional_compile, ahead_of_time,
+numbers.py        tf32, bf16, fp16, vae_fp16_fix, upcast_vae, cudnn_benchmark
+layers.py         sdpa, attention_backend, attention_kernel, channels_last, no_layout_copies, fused_qkv, conv_as_linear,
+                  group_norm_kernels, fused_geglu, fused_add_norm, device_postprocessing, prompt_projections,
+                  time_projections
+quantization.py   int8_dynamic, fp8_dynamic, fp8_dynamic_tensor, int8_weight_only, fp8_weight_only,
+                  int4_weight_only, layerwise_casting, fp8_rows, int8_rows, fp8_convolutions, int8_convolutions
+parts.py          vae_slicing, vae_tiling, prompt_embedding_cache
+compilation.py    inductor_tuning, persistent_reductions, dependent_launch, compile, regional_compile, ahead_of_time,
                   cuda_graph
-approximation.py  feature_reuse, feature_forecast, guidance_cutoff, tiny_vae
+approximation.py  feature_reuse, feature_forecast, first_block_cache, pyramid_attention_broadcast,
+                  guidance_cutoff, tiny_vae
 
 Imports of torch sit inside the functions, because the parent process plans recipes without it.
 """
 
-from diffusion_fast.optimizations import approximation, compilation, layers, numbers, quantization  # noqa: F401
+from diffusion_fast.optimizations import approximation, compilation, layers, numbers, parts, quantization  # noqa: F401
 from diffusion_fast.optimizations.registry import (
     OPTIMIZATIONS,
     STAGES,
@@ -20,6 +24,7 @@ from diffusion_fast.optimizations.registry import (
     Optimization,
     compiles,
     eight_bit_format,
+    left_out,
     optimization,
     same_work,
 )
@@ -31,6 +36,7 @@ __all__ = (
     "Optimization",
     "compiles",
     "eight_bit_format",
+    "left_out",
     "optimization",
     "same_work",
 )

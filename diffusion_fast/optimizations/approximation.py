@@ -51,8 +51,7 @@ def _reuse(build: Build, name: str, every: int, points: int) -> dict[str, Any]:
     reused = ReusedFeatures(build.denoiser, every, points)
     build.step_calls = [("full", reused, "full"), ("shallow", reused, "shallow")]
     build.denoiser.forward = reused
-    # Every call prepares its latents once, whatever its scheduler is by then.
-    build.pipe.prepare_latents = reused.start_before(build.pipe.prepare_latents)
+    _at_the_start_of_each_call(build.pipe, reused.restart)
 
     def proof() -> dict[str, Any]:
         if not (reused.full_steps and reused.shallow_steps):
@@ -62,6 +61,18 @@ def _reuse(build: Build, name: str, every: int, points: int) -> dict[str, Any]:
     if build.spec.steps > 1:
         build.proofs[name] = proof
     return {"every": every}
+
+
+def _at_the_start_of_each_call(pipe: Any, begin: Callable[[], None]) -> None:
+    """Call `begin` before the pipeline prepares its latents: it does so once a call, whatever its scheduler is then."""
+    prepare = pipe.prepare_latents
+
+    @functools.wraps(prepare)
+    def prepared(*args: Any, **kwargs: Any) -> Any:
+        begin()
+        return prepare(*args, **kwargs)
+
+    pipe.prepare_latents = prepared
 
 
 class ReusedFeatures:
@@ -83,15 +94,9 @@ class ReusedFeatures:
         self.step = 0
         self.full_steps = self.shallow_steps = 0
 
-    def start_before(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, which begins a trajectory: nothing of the one before is reused."""
-
-        @functools.wraps(function)
-        def begin(*args: Any, **kwargs: Any) -> Any:
-            self.step, self.kept = 0, []
-            return function(*args, **kwargs)
-
-        return begin
+    def restart(self) -> None:
+        """Reuse nothing of the trajectory before."""
+        self.step, self.kept = 0, []
 
     def __call__(
         self,
@@ -169,6 +174,124 @@ class ReusedFeatures:
 
 def _attending(block: Any, text: Any) -> dict[str, Any]:
     return {"encoder_hidden_states": text} if getattr(block, "has_cross_attention", False) else {}
+
+
+# The choice whether to compute is for the host, inside of what would be one graph.
+UNCOMPILED = ("compile", "regional_compile", "ahead_of_time", "cuda_graph")
+FIRST_BLOCK_CHANGE = 0.05  # diffusers' own: of what the first block adds, relative to the last step that was computed
+
+
+@optimization(
+    stage="approximate",
+    excludes=(*UNCOMPILED, "pyramid_attention_broadcast"),
+    model_needs="cacheable_blocks",
+    lossless=False,
+    same_work=False,
+)
+def first_block_cache(build: Build) -> dict[str, Any]:
+    """Skip a transformer's other blocks in steps whose first block adds nearly what it did before: reuse what they add.
+
+    diffusers' own hooks. https://github.com/chengzeyi/ParaAttention, after TeaCache, https://arxiv.org/abs/2411.19108
+    """
+    from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
+
+    apply_first_block_cache(build.denoiser, FirstBlockCacheConfig(threshold=FIRST_BLOCK_CHANGE))
+    hooked = HookedModules(build.pipe, build.denoiser, "fbc_block_hook")  # the first block has another one
+    if build.spec.steps > 1:
+        build.proofs["first_block_cache"] = functools.partial(hooked.proof, "first_block_cache")
+    return {"threshold": FIRST_BLOCK_CHANGE, "blocks": len(hooked.hooks)}
+
+
+# How many steps an attention layer's output serves, and between which of the scheduler's 1,000 time steps it does.
+BROADCAST = {"spatial": 2, "cross": 6}
+BROADCAST_TIMES = (100, 800)
+
+
+@optimization(
+    stage="approximate",
+    excludes=(*UNCOMPILED, "first_block_cache"),
+    model_needs="transformer",
+    lossless=False,
+    same_work=False,
+)
+def pyramid_attention_broadcast(build: Build) -> dict[str, Any]:
+    """Compute a transformer's self-attention in every second step, its cross-attention in every sixth, and reuse both.
+
+    But in the first and last steps, where attention changes most. By diffusers' own hooks; Zhao et al. 2024,
+    https://arxiv.org/abs/2408.12588
+    """
+    from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+
+    hooked: HookedModules | None = None
+    config = PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=BROADCAST["spatial"],
+        cross_attention_block_skip_range=BROADCAST["cross"],
+        spatial_attention_timestep_skip_range=BROADCAST_TIMES,
+        cross_attention_timestep_skip_range=BROADCAST_TIMES,
+        current_timestep_callback=lambda: 0 if hooked is None else hooked.timestep,
+    )
+    apply_pyramid_attention_broadcast(build.denoiser, config)
+    hooked = HookedModules(build.pipe, build.denoiser, "pyramid_attention_broadcast")
+    if not hooked.hooks:
+        raise RuntimeError(f"pyramid_attention_broadcast: {type(build.denoiser).__name__} has no attention it knows")
+    if build.spec.steps > 1:
+        build.proofs["pyramid_attention_broadcast"] = functools.partial(hooked.proof, "pyramid_attention_broadcast")
+    return {"attention_layers": len(hooked.hooks), **BROADCAST}
+
+
+class HookedModules:
+    """Modules of a denoiser with one of diffusers' hooks that skip: how often they were called, and how often computed.
+
+    What the hooks keep is forgotten at the start of each call of the pipeline, which not every pipeline does itself.
+    """
+
+    def __init__(self, pipe: Any, denoiser: Any, name: str) -> None:
+        from diffusers.hooks import HookRegistry
+
+        self.pipe, self.denoiser = pipe, denoiser
+        registries = [module._diffusers_hook for module in denoiser.modules() if hasattr(module, "_diffusers_hook")]
+        self.hooks = [registry.hooks[name] for registry in registries if name in registry.hooks]
+        for hook in self.hooks:
+            hook.fn_ref.original_forward = self._counting(hook.fn_ref.original_forward)
+        self.steps = self.computed = 0
+        self.step = -1  # of the current call
+        self.timesteps: list[float] = []  # of the scheduler, in the current call
+        self.registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+        _at_the_start_of_each_call(pipe, self.restart)
+        denoiser.register_forward_pre_hook(self._begin_step)
+
+    def restart(self) -> None:
+        """Reuse nothing of the trajectory before."""
+        from diffusers.hooks.hooks import CacheContext, _set_cache_context
+
+        self.registry.reset_stateful_hooks()
+        # Under guidance both halves are rows of one batch; a pipeline that calls for each says so itself.
+        _set_cache_context(self.denoiser, CacheContext("both"))
+        self.step, self.timesteps = -1, []
+
+    @property
+    def timestep(self) -> float:
+        return self.timesteps[min(self.step, len(self.timesteps) - 1)]
+
+    def proof(self, name: str) -> dict[str, Any]:
+        """Raises RuntimeError where no module was ever skipped."""
+        called = self.steps * len(self.hooks)
+        if self.computed >= called:
+            raise RuntimeError(f"{name}: all of {len(self.hooks)} modules were computed in each of {self.steps} steps")
+        return {"computed": self.computed, "skipped": called - self.computed}
+
+    def _begin_step(self, *_: Any) -> None:
+        self.steps, self.step = self.steps + 1, self.step + 1
+        if not self.timesteps:  # once a call: they are on the device
+            self.timesteps = self.pipe.scheduler.timesteps.tolist()
+
+    def _counting(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.computed += 1
+            return forward(*args, **kwargs)
+
+        return counted
 
 
 def _guided(steps: int) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import Any
 
-from diffusion_fast import graphs
+from diffusion_fast import adapters, graphs
 from diffusion_fast.ahead import AheadOfTime, cache_folder
 from diffusion_fast.graphs import Graphed
 from diffusion_fast.inductor import parallel_coordinate_descent
@@ -46,10 +46,29 @@ def persistent_reductions(build: Build) -> dict[str, Any]:
     return {"longest_row": keep_rows()}
 
 
+@optimization(stage="inductor", requires=(("compile", "regional_compile"),), devices=("cuda",), min_capability=(9, 0))
+def dependent_launch(build: Build) -> dict[str, Any]:
+    """Have a kernel of Inductor's start while the one before it ends: its set-up no longer waits for that.
+
+    Programmatic dependent launch, https://docs.nvidia.com/cuda/cuda-c-programming-guide/#programmatic-dependent-launch-and-synchronization
+    """
+    import torch
+
+    if not hasattr(torch._inductor.config.triton, "enable_pdl"):
+        raise RuntimeError(f"dependent_launch: Inductor of torch {torch.__version__} knows no programmatic launch")
+    build.compile_options["triton.enable_pdl"] = True
+    return {"triton.enable_pdl": True}
+
+
 COMPILERS = ("torch._dynamo", "torch._inductor.compile_fx")
 
 
-@optimization(stage="compile", excludes=("regional_compile", "ahead_of_time"), imports=COMPILERS)
+SDPA_WHERE = ("written_out", ("sdpa",))  # what writes attention out can't be traced
+
+
+@optimization(
+    stage="compile", excludes=("regional_compile", "ahead_of_time"), imports=COMPILERS, requires_where=SDPA_WHERE
+)
 def compile(build: Build) -> dict[str, Any]:  # noqa: A001 - it is called what the field calls it
     """Compile the denoiser and the VAE's decoder by torch.compile, each as one graph.
 
@@ -65,7 +84,7 @@ def _whole_networks(build: Build) -> dict[str, Any]:
     return {build.model.denoiser: build.denoiser, "vae.decoder": build.pipe.vae.decoder}
 
 
-@optimization(stage="compile", excludes=("compile", "ahead_of_time"), imports=COMPILERS)
+@optimization(stage="compile", excludes=("compile", "ahead_of_time"), imports=COMPILERS, requires_where=SDPA_WHERE)
 def regional_compile(build: Build) -> dict[str, Any]:
     """Compile the denoiser's repeated blocks, each shape of them once, and the VAE's decoder as one graph.
 
@@ -99,6 +118,7 @@ def regional_compile(build: Build) -> dict[str, Any]:
     excludes=("compile", "regional_compile"),
     imports=("torch._inductor.package",),
     modes=("default", "max-autotune-no-cudagraphs"),
+    requires_where=SDPA_WHERE,
     takes_adapters=False,
 )
 def ahead_of_time(build: Build) -> dict[str, Any]:
@@ -129,7 +149,7 @@ def ahead_of_time(build: Build) -> dict[str, Any]:
 
 
 MOST_GRAPHS = 32 * graphs.MOST  # SDXL has some 20 for each size and batch
-RESIDUAL = ("ResnetBlock2D", "NormedResnetBlock2D")
+BLOCKS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")  # beside those that diffusers says a model repeats
 EIGHT_BITS = ("RowwiseLinear", "ImagewiseConvolution")
 
 
@@ -142,8 +162,10 @@ def _regions(denoiser: Any) -> list[Any]:
 
     lists = [module for module in denoiser.children() if isinstance(module, ModuleList)]
     repeated = denoiser._repeated_blocks or [type(layer).__name__ for layers in lists for layer in layers]
-    blocks = {*repeated, *RESIDUAL, "Downsample2D", "Upsample2D"}
-    found = [module for module in denoiser.modules() if type(module).__name__ in blocks]
+    blocks = {*repeated, *BLOCKS}
+    found = [
+        module for module in denoiser.modules() if blocks & {kind.__name__ for kind in type(module).__mro__}
+    ]  # a block with another forward of ours is one, too
     # An eight-bit layer is several kernels unless it is compiled, and some lie between the blocks.
     found += [module for module in _outside(denoiser, found) if type(module).__name__ in EIGHT_BITS]
     if not found:
@@ -201,20 +223,6 @@ def _compile(
 
 # --- capture ---------------------------------------------------------------------------------------------------------
 
-ADAPTER_METHODS = (
-    *("load_lora_adapter", "add_adapter", "delete_adapters", "unload_lora", "fuse_lora", "unfuse_lora"),
-    *(
-        "load_adapter",
-        "delete_adapter",
-        "set_adapter",
-        "set_adapters",
-        "enable_adapters",
-        "disable_adapters",
-        "enable_lora",
-        "disable_lora",
-    ),
-)
-
 
 @optimization(stage="capture", devices=("cuda",), modes=("default", "max-autotune-no-cudagraphs"))
 def cuda_graph(build: Build) -> dict[str, Any]:
@@ -228,14 +236,12 @@ def cuda_graph(build: Build) -> dict[str, Any]:
     networks = dict(build.networks())
     for name, owner, attribute in build.launched():
         network = networks.get(name.partition(" ")[0].partition(".")[0])
-        state = functools.partial(_adapters, network)
+        state = functools.partial(adapters.strengths, network)
         graphed = Graphed(name, getattr(owner, attribute), build.pipe.device, state=state)
         setattr(owner, attribute, graphed)
         captured.append(graphed)
     for _, network in build.networks():
-        for method in ADAPTER_METHODS:
-            if hasattr(network, method):
-                setattr(network, method, _forgetting(captured, getattr(network, method)))
+        adapters.when_changed(network, functools.partial(graphs.forget, captured))
 
     def proof() -> dict[str, Any]:
         idle = [graphed.name for graphed in captured if not graphed.replays]
@@ -245,19 +251,3 @@ def cuda_graph(build: Build) -> dict[str, Any]:
 
     build.proofs["cuda_graph"] = proof
     return {}
-
-
-def _forgetting(captured: list[Graphed], method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(method)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        graphs.forget(captured)
-        return method(*args, **kwargs)
-
-    return call
-
-
-def _adapters(network: Any) -> Hashable:
-    """How strongly each adapter of a network is applied, which a call's arguments may change. Empty without any."""
-    if not getattr(network, "_hf_peft_config_loaded", False):
-        return ()
-    return tuple(tuple(module.scaling.items()) for module in network.modules() if hasattr(module, "scaling"))

@@ -18,24 +18,34 @@ from diffusion_fast.optimizations.registry import Build, optimization
 def sdpa(build: Build) -> dict[str, Any]:
     """Compute attention by scaled_dot_product_attention: fused kernels that never write the score matrix out.
 
+    What they can't do is left as it is: a text encoder that caps its scores, and linear attention, which has none.
     https://docs.pytorch.org/docs/stable/generated/torch.nn.functional.scaled_dot_product_attention.html
     """
     from diffusers.models.attention_processor import AttnProcessor2_0
 
-    changed = 0
+    from diffusion_fast import scores
+
+    changed, left = 0, []
     for name, network in build.networks():
-        if hasattr(network, "set_attn_processor"):
+        if hasattr(network, "set_attn_processor") and not hasattr(network, "set_default_attn_processor"):
+            fused = scores.fuse(network)
+            if not fused:
+                raise RuntimeError(f"sdpa: no attention of {name} has scores")
+            changed += fused
+        elif hasattr(network, "set_attn_processor"):
             network.set_attn_processor(AttnProcessor2_0())
             kinds = {type(processor) for processor in network.attn_processors.values()}
             if kinds != {AttnProcessor2_0}:
                 raise RuntimeError(f"sdpa: {name} still attends by {sorted(kind.__name__ for kind in kinds)}")
             changed += len(network.attn_processors)
+        elif name.startswith("text_encoder") and not network._supports_sdpa:
+            left.append(name)
         elif name.startswith("text_encoder"):
             network.set_attn_implementation("sdpa")
             if network.config._attn_implementation != "sdpa":
                 raise RuntimeError(f"sdpa: {name} still attends by {network.config._attn_implementation}")
             changed += network.config.num_hidden_layers
-    return {"attention_layers": changed}
+    return {"attention_layers": changed} | ({"left": left} if left else {})
 
 
 KERNELS = ("cudnn", "flash", "mem_efficient")  # of PyTorch's; the last takes what the others don't, and stays allowed
@@ -139,6 +149,7 @@ def _attention_seconds(kernel: str, layers: Iterable[tuple[Any, ...]]) -> dict[t
     excludes=("attention_backend",),
     min_capability=(9, 0),
     imports=("diffusion_fast.attention",),
+    model_needs="plain_attention",
 )
 def attention_kernel(build: Build) -> dict[str, Any]:
     """Compute the denoiser's attention by a kernel of our own, which reads a fused projection as it lies.
@@ -213,31 +224,41 @@ def _is_channels_last(tensor: Any) -> bool:
     return bool(tensor.is_contiguous(memory_format=torch.channels_last))
 
 
-@optimization(stage="fuse", requires=("sdpa",), takes_adapters=False)
+@optimization(stage="fuse", requires=("sdpa",), model_needs="fusable_projections", takes_adapters=False)
 def fused_qkv(build: Build) -> dict[str, Any]:
     """Compute query, key and value by one matmul (key and value in cross-attention); the separate weights are freed.
 
     https://huggingface.co/docs/diffusers/tutorials/fast_diffusion#combining-the-attention-blocks-projection-matrices
     """
+    from diffusers.models.attention import AttentionModuleMixin
     from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
 
     fused = freed = 0
     for network in (build.denoiser, build.pipe.vae):
-        layers = [module for module in network.modules() if isinstance(module, Attention)]
+        layers = [module for module in network.modules() if isinstance(module, Attention | AttentionModuleMixin)]
         if layers:
             network.fuse_qkv_projections()
         for module in layers:
-            if not (module.fused_projections and isinstance(module.processor, FusedAttnProcessor2_0)):
+            # Attention of a model's own (AttentionModuleMixin) has one processor, for both.
+            fitting = isinstance(module, AttentionModuleMixin) or isinstance(module.processor, FusedAttnProcessor2_0)
+            if not (module.fused_projections and fitting):
                 raise RuntimeError("fused_qkv: an attention layer was left unfused")
             # diffusers keeps the separate layers beside the fused one, and quantizing would then quantize both.
-            for name in ("to_k", "to_v") if module.is_cross_attention else ("to_q", "to_k", "to_v"):
+            for name in [name for by, names in FUSED.items() if hasattr(module, by) for name in names]:
                 freed += sum(parameter.numel() for parameter in getattr(module, name).parameters())
                 delattr(module, name)
             fused += 1
     return {"attention_layers": fused, "freed_parameters": freed}
 
 
-@optimization(stage="swap", imports=("torchao.quantization",))
+FUSED = {  # diffusers' names of fused projections, and of those that they stand for
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+
+
+@optimization(stage="swap", imports=("torchao.quantization",), model_needs="small_1x1_convolutions")
 def conv_as_linear(build: Build) -> dict[str, Any]:
     """Turn 1x1 convolutions with 128 input or output channels into linear layers, as diffusion-fast does.
 
@@ -288,6 +309,26 @@ def fused_geglu(build: Build) -> dict[str, Any]:
     return {"feed_forwards": fused}
 
 
+# In a whole network that is compiled nothing lies between two blocks: there Inductor does it unasked.
+@optimization(
+    stage="fuse",
+    requires=("regional_compile",),
+    imports=("diffusion_fast.chained",),
+    model_needs="chained_blocks",
+)
+def fused_add_norm(build: Build) -> dict[str, Any]:
+    """Leave the sum at a transformer block's end to the next block, where it is one kernel with the first norm.
+
+    As engines for language models do, https://docs.vllm.ai/en/latest/api/vllm/ir/ops/ (fused_add_rms_norm).
+    """
+    from diffusion_fast import chained
+
+    left = chained.chain(build.denoiser)
+    if not left:
+        raise RuntimeError(f"fused_add_norm: {type(build.denoiser).__name__} has no plain transformer blocks in a row")
+    return {"sums": left}
+
+
 @optimization(stage="layout", requires=("channels_last",), model_needs="unet")
 def no_layout_copies(build: Build) -> dict[str, Any]:
     """Keep NHWC behind each transformer, where diffusers makes a copy in NCHW that the next convolution undoes.
@@ -319,7 +360,7 @@ def _output_in_nhwc(
     return transformer.proj_out(image(hidden_states)) + residual
 
 
-@optimization(stage="swap", requires=("channels_last",), imports=("diffusion_fast.norms",))
+@optimization(stage="swap", requires=("channels_last",), imports=("diffusion_fast.norms",), model_needs="group_norms")
 def group_norm_kernels(build: Build) -> dict[str, Any]:
     """Normalize images by kernels of our own: group norm, the SiLU behind it and the biases before it in two passes.
 
@@ -418,3 +459,66 @@ def _given_the_prompt(build: Build) -> list[Any]:
     ]
     build.short_call(*hooks)
     return [module for module, only_that in given.items() if only_that]
+
+
+# Compiling the whole denoiser would take in where the projections are kept; besides, Inductor sees them all there.
+@optimization(
+    stage="hoist",
+    excludes=("compile", "ahead_of_time"),
+    imports=("diffusion_fast.projections",),
+    model_needs="unet",
+    takes_adapters=False,
+)
+def time_projections(build: Build) -> dict[str, Any]:
+    """Project the time step for all residual blocks by one product a step, instead of a small one in each block.
+
+    Horizontal fusion, https://arxiv.org/abs/2007.01277
+    """
+    from diffusion_fast.projections import TimeProjections
+
+    start = time.perf_counter()
+    blocks = _given_the_time(build)
+    calibration_s = time.perf_counter() - start
+    if len(blocks) < 2:
+        raise RuntimeError(
+            f"time_projections: {len(blocks)} residual blocks of {type(build.denoiser).__name__} are given the time "
+            "embedding as it is"
+        )
+    layers = [block.time_emb_proj for block in blocks]
+    together = TimeProjections(build.denoiser, layers, blocks[0].nonlinearity)
+
+    def proof() -> dict[str, Any]:
+        if not together.steps:
+            raise RuntimeError("time_projections: no step was projected for all blocks")
+        return {}  # a recorded step is counted once, so the count says nothing
+
+    build.proofs["time_projections"] = proof
+    return {"projections": len(layers), "calibration_s": calibration_s}
+
+
+def _given_the_time(build: Build) -> list[Any]:
+    """The residual blocks that project the tensor that the first block is given as the time embedding, activated."""
+    import torch
+    from diffusers.models.resnet import ResnetBlock2D
+
+    embedding: Any = None
+    given: dict[Any, bool] = {}
+
+    def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal embedding
+        embedding = kwargs.get("temb")  # as diffusers' UNets give it
+
+    def note(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = kwargs["temb"] if "temb" in kwargs else args[1]
+        given[block] = given.get(block, True) and embedding is not None and found is embedding
+
+    hooks = [build.denoiser.down_blocks[0].register_forward_pre_hook(begin, with_kwargs=True)] + [
+        module.register_forward_pre_hook(note, with_kwargs=True)
+        for module in build.denoiser.modules()
+        if isinstance(module, ResnetBlock2D)
+        and type(module.time_emb_proj) is torch.nn.Linear
+        and type(module.nonlinearity) is torch.nn.SiLU
+        and not module.skip_time_act
+    ]
+    build.short_call(*hooks)
+    return [block for block, as_it_is in given.items() if as_it_is]

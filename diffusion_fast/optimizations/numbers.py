@@ -1,7 +1,9 @@
-"""Stage load: number formats, and weights that suit them."""
+"""Number formats, and weights that suit them: stage load, but for the VAE's own format."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 from diffusion_fast.optimizations.registry import Build, optimization
@@ -31,12 +33,12 @@ def bf16(build: Build) -> dict[str, Any]:
     stage="load",
     excludes=("bf16",),
     devices=("cuda",),
-    requires_where=("fp16_vae_hub_id", ("vae_fp16_fix", "tiny_vae")),
+    requires_where=("fp16_vae_hub_id", ("vae_fp16_fix", "tiny_vae", "upcast_vae")),
 )
 def fp16(build: Build) -> dict[str, Any]:
     """Run every network in float16: 11 bits of mantissa, half the bytes, overflows past 65504.
 
-    Where a model's own VAE overflows, the one that doesn't is required.
+    Where a model's own VAE overflows, one that doesn't is required, or the same one in fp32.
     """
     return _set_dtype(build, "fp16")
 
@@ -49,6 +51,8 @@ def _set_dtype(build: Build, name: str) -> dict[str, Any]:
     def proof() -> dict[str, Any]:
         wanted = getattr(torch, build.dtype)
         for component, network in build.networks():
+            if component in build.own_dtypes:
+                continue
             # transformers leaves in fp32 what its authors found to overflow in fp16.
             kept = tuple(getattr(network, "_keep_in_fp32_modules", None) or ())
             parameters = (
@@ -78,6 +82,35 @@ def vae_fp16_fix(build: Build) -> dict[str, Any]:
 
     build.proofs["vae_fp16_fix"] = proof
     return {}
+
+
+# Not of the stage load: it changes a pipeline that is there, also one that somebody else has loaded.
+@optimization(stage="swap", requires=(("bf16", "fp16"),), excludes=("vae_fp16_fix", "tiny_vae"))
+def upcast_vae(build: Build) -> dict[str, Any]:
+    """Keep the VAE in fp32, and give it its latents in fp32, while everything else computes in 16 bits.
+
+    As diffusion-fast's --upcast_vae: by weights that 16 bits have rounded. Its pipe.upcast_vae() is deprecated in
+    diffusers: https://github.com/huggingface/diffusers/pull/12619
+    """
+    import torch
+
+    vae = build.pipe.vae
+    vae.to(torch.float32)
+    vae.decode = functools.partial(_decode_in_fp32, vae.decode)
+    build.own_dtypes.add("vae")
+
+    def proof() -> dict[str, Any]:
+        if other := {parameter.dtype for parameter in vae.parameters()} - {torch.float32}:
+            raise RuntimeError(f"upcast_vae: the VAE has parameters in {other}")
+        return {"vae_dtype": "float32"}
+
+    build.proofs["upcast_vae"] = proof
+    return {}
+
+
+def _decode_in_fp32(decode: Callable[..., Any], latents: Any, *args: Any, **kwargs: Any) -> Any:
+    """`latents` of shape (batch, channels, height, width), in any dtype, decoded by a VAE in fp32."""
+    return decode(latents.float(), *args, **kwargs)
 
 
 @optimization(stage="load", devices=("cuda",))

@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from typing import Any
 
+from diffusion_fast.modules import stored_bytes
 from diffusion_fast.optimizations.registry import Build, eight_bit_format, optimization
+
+MIB = 2**20
+Shapes = tuple[tuple[int, int], ...]  # of linear layers: features of the input, of the output
+
+
+# What says how the denoiser's linear layers are stored: one of them at a time.
+LINEAR_FORMATS = (
+    *("int8_dynamic", "fp8_dynamic", "fp8_dynamic_tensor", "fp8_rows", "int8_rows"),
+    *("int8_weight_only", "fp8_weight_only", "int4_weight_only", "layerwise_casting"),
+)
+
+
+def _others(name: str) -> tuple[str, ...]:
+    return tuple(each for each in LINEAR_FORMATS if each != name)
 
 
 @optimization(
     stage="quantize",
     requires=(("bf16", "fp16"), ("compile", "regional_compile")),
+    excludes=_others("int8_dynamic"),
     min_capability=(8, 0),
     imports=("torchao.quantization",),
     lossless=False,
@@ -20,36 +37,294 @@ def int8_dynamic(build: Build) -> dict[str, Any]:
     """Multiply in int8: weights scaled per channel beforehand, activations per row while it runs.
 
     A model may list the shapes to leave alone (SDXL has diffusion-fast's list); elsewhere every linear layer is taken
-    whose sizes an int8 matmul accepts. https://github.com/pytorch/ao/tree/main/torchao/quantization
+    that has more to compute than to read. https://github.com/pytorch/ao/tree/main/torchao/quantization
     """
-    import torch
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    start = time.perf_counter()
-    rows = _rows_per_linear(build)
-    calibration_s = time.perf_counter() - start
-    excluded = set(build.model.int8_excluded_shapes)
-
-    def takes_int8(module: torch.nn.Module, *_: Any) -> bool:
-        if not isinstance(module, torch.nn.Linear) or rows.get(module, 0) <= 16:
-            return False  # _int_mm needs more than 16 rows: embeddings of the time step have two
-        if module.in_features <= 16 or module.in_features % 8 or module.out_features % 8:
-            return False
-        return (module.in_features, module.out_features) not in excluded
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
 
     # Left to itself the config sets inductor flags for the whole process: here they belong to inductor_tuning.
     config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
-    quantized = linears = 0
-    for network in (build.denoiser, build.pipe.vae):
-        chosen = [module for module in network.modules() if takes_int8(module)]
-        linears += sum(isinstance(module, torch.nn.Linear) for module in network.modules())
-        quantize_(network, config, filter_fn=takes_int8)
-        if any(type(module.weight.data) is torch.Tensor for module in chosen):
-            raise RuntimeError("int8_dynamic: a chosen layer kept its plain weight")
-        quantized += len(chosen)
-    if not quantized:
-        raise RuntimeError("int8_dynamic: no layer of this model can be multiplied in int8")
-    return {"quantized_linears": quantized, "linears": linears, "calibration_s": calibration_s}
+    listed = build.model.int8_excluded_shapes
+    return _multiply_by_torchao(build, config, "Int8Tensor", multiple=8, excluded=listed, by_intensity=not listed)
+
+
+# torchao has scales a row for bf16 alone.
+@optimization(
+    stage="quantize",
+    requires=("bf16", ("compile", "regional_compile")),
+    excludes=("fused_geglu", *_others("fp8_dynamic")),
+    devices=("cuda",),
+    min_capability=(8, 9),
+    imports=("torchao.quantization",),
+    lossless=False,
+    takes_adapters=False,
+)
+def fp8_dynamic(build: Build) -> dict[str, Any]:
+    """Multiply in fp8 (e4m3) by torchao: a scale a row of the weights beforehand, of the activations while it runs.
+
+    The rows of fp8_rows, by PyTorch's own matmul and what Inductor makes of the rest.
+    https://arxiv.org/abs/2209.05433, https://docs.pytorch.org/ao/stable/workflows/inference.html
+    """
+    from torchao.quantization import PerRow
+
+    return _fp8_by_torchao(build, PerRow())
+
+
+@optimization(
+    stage="quantize",
+    requires=("bf16", ("compile", "regional_compile")),
+    excludes=("fused_geglu", *_others("fp8_dynamic_tensor")),
+    devices=("cuda",),
+    min_capability=(8, 9),
+    imports=("torchao.quantization",),
+    lossless=False,
+    takes_adapters=False,
+)
+def fp8_dynamic_tensor(build: Build) -> dict[str, Any]:
+    """Multiply in fp8 (e4m3) by torchao: one scale for all of a layer's weights, and one for all of its activations.
+
+    Less to compute than a scale a row, and an outlier costs all rows their precision. https://arxiv.org/abs/2209.05433
+    """
+    from torchao.quantization import PerTensor
+
+    return _fp8_by_torchao(build, PerTensor(), excluded=(ONE_BLOCK,))
+
+
+# torchao takes one scale for such a layer for one of the blocks of 128×128 that another of its formats has.
+ONE_BLOCK = (128, 128)
+# Of the largest number that a scale is for. The prompt that SDXL guides away from is all zeros, and torchao divides a
+# row of them by its scale.
+LEAST_LARGEST = 1e-6
+
+
+def _fp8_by_torchao(build: Build, granularity: Any, excluded: Shapes = ()) -> dict[str, Any]:
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig
+
+    config = Float8DynamicActivationFloat8WeightConfig(
+        granularity=granularity, activation_value_lb=LEAST_LARGEST, set_inductor_config=False
+    )
+    return _multiply_by_torchao(build, config, "Float8Tensor", multiple=16, excluded=excluded)
+
+
+@optimization(
+    stage="quantize",
+    requires=(("bf16", "fp16"),),
+    excludes=("fused_geglu", "ahead_of_time", *_others("int8_weight_only")),
+    min_capability=(8, 0),
+    imports=("torchao.quantization",),
+    lossless=False,
+    takes_adapters=False,
+)
+def int8_weight_only(build: Build) -> dict[str, Any]:
+    """Store linear layers in int8, a scale a channel, and multiply in 16 bits: half the memory, and no faster.
+
+    https://docs.pytorch.org/ao/stable/workflows/inference.html
+    """
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return _by_torchao(build, Int8WeightOnlyConfig(set_inductor_config=False), "Int8Tensor", _suited(build, multiple=8))
+
+
+# Inductor's kernels convert fp8 from this capability on.
+@optimization(
+    stage="quantize",
+    requires=(("bf16", "fp16"),),
+    excludes=("fused_geglu", "ahead_of_time", *_others("fp8_weight_only")),
+    min_capability=(8, 9),
+    imports=("torchao.quantization",),
+    lossless=False,
+    takes_adapters=False,
+)
+def fp8_weight_only(build: Build) -> dict[str, Any]:
+    """Store linear layers in fp8 (e4m3), a scale a channel, and multiply in 16 bits: half the memory, and no faster.
+
+    https://docs.pytorch.org/ao/stable/workflows/inference.html
+    """
+    from torchao.quantization import Float8WeightOnlyConfig
+
+    config = Float8WeightOnlyConfig(set_inductor_config=False)
+    return _by_torchao(build, config, "Float8Tensor", _suited(build, multiple=16))
+
+
+INT4_GROUP = 64  # numbers with one scale: divides the widths of SD, SDXL and PixArt
+INT4_TENSORS = {"cuda": "Int4TilePackedTo4dTensor", "cpu": "Int4OpaqueTensor"}
+# Features are padded to multiples of 1,024 on a GPU: with fewer than these the padding takes more than 16 bits would.
+INT4_LEAST = {"cuda": 320, "cpu": 64}
+
+
+@optimization(
+    stage="quantize",
+    requires=("bf16",),  # which is all that the kernel for CUDA takes
+    excludes=("fused_geglu", "ahead_of_time", *_others("int4_weight_only")),
+    min_capability=(8, 0),
+    imports=("torchao.quantization",),
+    lossless=False,
+    takes_adapters=False,
+)
+def int4_weight_only(build: Build) -> dict[str, Any]:
+    """Store linear layers in 4 bits, a scale and a zero for 64 numbers, and multiply in bf16 by PyTorch's tinygemm.
+
+    Of torchao's formats for it this is the one whose kernels come with PyTorch. They are made for few rows: on a GPU
+    this saves memory and costs time.
+    https://docs.pytorch.org/ao/stable/workflows/inference.html
+    """
+    from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+    from torchao.quantization import Int4WeightOnlyConfig
+    from torchao.quantization.quantize_.workflows import Int4PackingFormat
+
+    chosen: dict[str, Any] = {"group_size": INT4_GROUP, "set_inductor_config": False}
+    config = (
+        Int4WeightOnlyConfig(int4_packing_format=Int4PackingFormat.TILE_PACKED_TO_4D, **chosen)
+        if build.spec.device == "cuda"
+        else PrototypeInt4WeightOnlyConfig(**chosen)
+    )
+    device = build.spec.device
+    suited = _suited(build, multiple=16, group=INT4_GROUP, least=INT4_LEAST[device])
+    return _by_torchao(build, config, INT4_TENSORS[device], suited)
+
+
+# Its hooks make parameters anew in each call, which no graph can hold.
+@optimization(
+    stage="quantize",
+    requires=(("bf16", "fp16"),),
+    excludes=(
+        "fused_geglu",
+        "compile",
+        "regional_compile",
+        "ahead_of_time",
+        "cuda_graph",
+        *_others("layerwise_casting"),
+    ),
+    lossless=False,
+    takes_adapters=False,
+)
+def layerwise_casting(build: Build) -> dict[str, Any]:
+    """Store the denoiser's linears and convolutions in fp8 without a scale, and cast each to 16 bits while it computes.
+
+    Half the memory of the denoiser, and a copy of each weight more in every step. Norms stay, and what a model's
+    authors name. https://huggingface.co/docs/diffusers/optimization/memory
+    """
+    import torch
+    from diffusers.hooks import HookRegistry
+    from diffusers.hooks.layerwise_casting import LayerwiseCastingHook
+
+    dtype, before = getattr(torch, build.dtype), sum(map(stored_bytes, build.denoiser.parameters()))
+    build.denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)
+    build.own_dtypes.add(build.model.denoiser)
+
+    def account() -> dict[str, Any]:
+        cast = [
+            module
+            for module in build.denoiser.modules()
+            if any(
+                isinstance(hook, LayerwiseCastingHook)
+                for hook in HookRegistry.check_if_exists_or_initialize(module).hooks.values()
+            )
+        ]
+        stored = {parameter for module in cast for parameter in module.parameters()}
+        if not stored or any(parameter.dtype != torch.float8_e4m3fn for parameter in stored):
+            raise RuntimeError("layerwise_casting: the denoiser's layers aren't stored in fp8")
+        if any(each.dtype != dtype for each in build.denoiser.parameters() if each not in stored):
+            raise RuntimeError(f"layerwise_casting: a layer that isn't cast isn't in {build.dtype}")
+        after = sum(map(stored_bytes, build.denoiser.parameters()))
+        return {"cast_layers": len(cast), "weight_mib": after / MIB, "weight_mib_before": before / MIB}
+
+    build.proofs["layerwise_casting"] = account  # once more: that layers are cast back behind a call
+    return account()
+
+
+# FLOPs for each byte that a layer reads and writes in 16 bits. A GPU computes some 150 (A100) to 300 (H100) of them
+# while it moves a byte: below that a layer waits for its memory, and quantizing its input is more to move.
+LEAST_INTENSITY = {"cuda": 200, "cpu": 8}
+
+
+def _suited(
+    build: Build,
+    multiple: int,
+    group: int = 1,
+    least: int = 17,
+    rows: dict[Any, int] | None = None,
+    excluded: Shapes = (),
+    by_intensity: bool = True,
+) -> set[Any]:
+    """The linear layers of the denoiser and the VAE that torchao is given, whatever the format.
+
+    Both features have to be multiples of `multiple`, those of the input, at least `least`, of `group`, too. Where
+    activations are quantized as well (`rows` of each layer in a step), its shape mustn't be `excluded`, and there has
+    to be enough to compute: more than _int_mm's 16 rows, which the embeddings of the time step haven't, and, unless a
+    model lists its shapes, the arithmetic intensity. A part that was left in another number format stays as it is.
+    """
+    import torch
+
+    dtype = getattr(torch, build.dtype)
+
+    def worth_it(linear: Any) -> bool:
+        if rows is None:
+            return True
+        count, shape = rows.get(linear, 0), (linear.in_features, linear.out_features)
+        if count <= 16 or shape in excluded:
+            return False
+        return not by_intensity or _intensity(count, *shape) >= LEAST_INTENSITY[build.spec.device]
+
+    return {
+        module
+        for network in (build.denoiser, build.pipe.vae)
+        for module in network.modules()
+        if isinstance(module, torch.nn.Linear)
+        and module.weight.dtype == dtype
+        and module.in_features >= least
+        and module.in_features % max(multiple, group) == module.out_features % multiple == 0
+        and worth_it(module)
+    }
+
+
+def _intensity(rows: int, features: int, outputs: int) -> float:
+    """FLOPs a byte of a matmul in 16 bits. Williams et al. 2009, https://doi.org/10.1145/1498765.1498785"""
+    return 2 * rows * features * outputs / (2 * (rows * features + features * outputs + rows * outputs))
+
+
+def _multiply_by_torchao(
+    build: Build, config: Any, kind: str, multiple: int, excluded: Shapes, by_intensity: bool = True
+) -> dict[str, Any]:
+    """Quantize weights, and have activations quantized, where that is worth it.
+
+    In a small model, such as the bundled one on a GPU, it is worth it nowhere: there all are taken that can be.
+    """
+    start = time.perf_counter()
+    rows = _rows_per_linear(build)
+    calibration_s = time.perf_counter() - start
+    suited = functools.partial(_suited, build, multiple, rows=rows, excluded=excluded)
+    chosen = suited(by_intensity=by_intensity) or suited(by_intensity=False)
+    account = _by_torchao(build, config, kind, chosen)
+    if any(module.weight.act_quant_kwargs is None for module in chosen):
+        raise RuntimeError(f"{type(config).__name__}: a chosen layer doesn't quantize its input")
+    return account | {"calibration_s": calibration_s}
+
+
+def _by_torchao(build: Build, config: Any, kind: str, chosen: set[Any]) -> dict[str, Any]:
+    """Give `chosen` layers to torchao. Raises RuntimeError where a weight doesn't become a smaller tensor, a `kind`."""
+    import torch
+    from torchao.quantization import quantize_
+
+    if not chosen:
+        raise RuntimeError(f"{type(config).__name__}: no layer of this model has the sizes")
+    networks = build.denoiser, build.pipe.vae
+    before = {module: stored_bytes(module.weight) for module in chosen}
+    for network in networks:
+        quantize_(network, config, filter_fn=lambda module, _: module in chosen)
+    for module in chosen:
+        found, size = type(module.weight.data).__name__, stored_bytes(module.weight)
+        if found != kind or size >= before[module]:
+            raise RuntimeError(
+                f"{type(config).__name__}: a weight of {before[module]} bytes became a {found} of {size}, not a {kind}"
+            )
+    linears = sum(isinstance(module, torch.nn.Linear) for network in networks for module in network.modules())
+    return {
+        "quantized_linears": len(chosen),
+        "linears": linears,
+        "tensor": kind,
+        "weight_mib": sum(stored_bytes(module.weight) for module in chosen) / MIB,
+        "weight_mib_before": sum(before.values()) / MIB,
+    }
 
 
 LEAST_ROWS = {"cuda": 256, "cpu": 17}
@@ -58,7 +333,7 @@ LEAST_ROWS = {"cuda": 256, "cpu": 17}
 @optimization(
     stage="quantize",
     requires=("bf16", ("compile", "regional_compile", "ahead_of_time")),
-    excludes=("int8_dynamic",),
+    excludes=_others("fp8_rows"),
     min_capability=(8, 9),
     imports=("diffusion_fast.eight_bits",),
     lossless=False,
@@ -77,7 +352,7 @@ def fp8_rows(build: Build) -> dict[str, Any]:
 @optimization(
     stage="quantize",
     requires=("bf16", ("compile", "regional_compile", "ahead_of_time")),
-    excludes=("int8_dynamic", "fp8_rows"),
+    excludes=_others("int8_rows"),
     min_capability=(9, 0),
     imports=("diffusion_fast.eight_bits",),
     lossless=False,
@@ -171,7 +446,7 @@ def _eight_bits(build: Build) -> dict[str, Any]:
         "quantized_linears": found,
         "linears": len(linears),
         "kept": len(build.spec.kept),
-        "fused_feed_forwards": fused,
+        **fused,
         "calibration_s": calibration_s,
     }
 

@@ -28,6 +28,7 @@ class Build:
     dtype: str = "float32"
     fp16_vae: bool = False
     tiny_vae: bool = False
+    own_dtypes: set[str] = field(default_factory=set)  # networks whose dtypes another optimization decides, and proves
     compile_options: dict[str, Any] = field(default_factory=dict)
     call_arguments: dict[str, Any] = field(default_factory=dict)  # of the pipeline, beside what the spec says
     step_calls: list[tuple[str, Any, str]] = field(default_factory=list)  # see `launched`
@@ -70,6 +71,8 @@ class Build:
         ]
         decoder = self.pipe.vae.decoder
         encoders = [(name, each) for name, each in self.networks() if name.startswith("text_encoder")]
+        if "text_encoding" in left_out(self.spec.optimizations):
+            encoders = []  # they run for a new prompt alone
         return [*calls, *((name, each, _entry(each)) for name, each in [*encoders, ("vae.decoder", decoder)])]
 
     def networks(self) -> Iterator[tuple[str, Any]]:
@@ -97,7 +100,7 @@ class Optimization:
     excludes: tuple[str, ...] = ()
     devices: tuple[str, ...] = ("cuda", "cpu")
     min_capability: tuple[int, int] = (0, 0)
-    model_needs: str = ""  # a field of Model that must not be empty; `unet`: its denoiser has to be one
+    model_needs: str = ""  # a field of Model that must not be empty, or what it must not lack (Model.lacks)
     # A field of Model and names: where the one is set, one of the others is required.
     requires_where: tuple[str, tuple[str, ...]] = ("", ())
     imports: tuple[str, ...] = ()  # slow modules it needs, imported (and timed) before the pipeline loads
@@ -106,6 +109,8 @@ class Optimization:
     takes_adapters: bool = True  # False: layers are gone that a LoRA attached afterwards would have to change
     number_format: str = ""  # of eight_bits.py, to which it quantizes all linear layers but those that a run keeps
     needs_guidance: bool = False  # a guidance scale above 1
+    least_batch: int = 1  # pictures of a call, below which there is nothing to do
+    leaves_out: str = ""  # the part of a call that one with the prompt of the one before, as all timed ones, is without
     same_work: bool = True  # False: leaves out some of the model's operations, so that single steps can't be compared
 
     @property
@@ -140,6 +145,11 @@ def compiles(names: Iterable[str]) -> bool:
 def eight_bit_format(names: Iterable[str]) -> str:
     """The eight-bit format of a recipe of these names, "" where it has none."""
     return next((OPTIMIZATIONS[name].number_format for name in names if OPTIMIZATIONS[name].number_format), "")
+
+
+def left_out(names: Iterable[str]) -> set[str]:
+    """The parts of a call that timed calls of a recipe of these names don't do: they repeat one prompt."""
+    return {OPTIMIZATIONS[name].leaves_out for name in names} - {""}
 
 
 def same_work(names: Iterable[str]) -> bool:

@@ -1,0 +1,36 @@
+"""What of a network's adapters a computation that was made beforehand depends on, and when it has to be made anew."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable
+from typing import Any
+
+METHODS = (
+    *("load_lora_adapter", "add_adapter", "delete_adapters", "unload_lora", "fuse_lora", "unfuse_lora"),
+    *("load_adapter", "delete_adapter", "set_adapter", "set_adapters"),
+    *("enable_adapters", "disable_adapters", "enable_lora", "disable_lora"),
+)
+
+
+def when_changed(network: Any, forget: Callable[[], None]) -> None:
+    """Call `forget` before each of the network's methods that attach, change or take away an adapter."""
+    for method in METHODS:
+        if hasattr(network, method):
+            setattr(network, method, _forgetting(getattr(network, method), forget))
+
+
+def _forgetting(method: Callable[..., Any], forget: Callable[[], None]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        forget()
+        return method(*args, **kwargs)
+
+    return call
+
+
+def strengths(network: Any) -> Hashable:
+    """How strongly each adapter of a network is applied, which a call's arguments may change. Empty without any."""
+    if not getattr(network, "_hf_peft_config_loaded", False):
+        return ()
+    return tuple(tuple(module.scaling.items()) for module in network.modules() if hasattr(module, "scaling"))
