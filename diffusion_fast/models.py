@@ -122,6 +122,7 @@ FLUX_DEV = Model(
     multiple=16,
     cacheable_blocks=True,
     written_out=True,
+    lacks=("plain_attention",),  # its processor turns queries and keys by position
     hub_id="black-forest-labs/FLUX.1-dev",
     configs="flux1-dev",
     tiny_vae_hub_id="madebyollin/taef1",
@@ -153,7 +154,7 @@ SD35_MEDIUM = Model(
     multiple=16,
     written_out=True,
     # diffusers' processor for fused projections knows neither its second attention nor the norms of queries and keys.
-    lacks=("fusable_projections",),
+    lacks=("fusable_projections", "plain_attention"),
     hub_id="stabilityai/stable-diffusion-3.5-medium",
     configs="sd3.5-medium",
     tiny_vae_hub_id="madebyollin/taesd3",
@@ -172,7 +173,7 @@ SANA = Model(
     multiple=32,
     written_out=True,
     call_arguments=(("use_resolution_binning", False),),  # as PixArt's
-    lacks=("fusable_projections", "group_norms", "small_1x1_convolutions", "wide_vae_heads"),
+    lacks=("fusable_projections", "plain_attention", "group_norms", "small_1x1_convolutions", "wide_vae_heads"),
     hub_id="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
     configs="sana-1600m-1024px",
 )

@@ -1,13 +1,14 @@
 """Operations that have kernels of our own, in plain PyTorch: what they mean, and what runs on a CPU.
 
-Most are on numbers of eight bits; linears that end in GEGLU and the group norm at the end are in 16 or 32, too.
+Most are on numbers of eight bits; linears that end in GEGLU and the group norm at the end are in 16 or 32, too, and
+attention in 16 only, but for its result.
 
 Rows (of a linear layer's input) get a scale each, images (of a convolution's input) one each, both computed at run
 time: q = round(x / scale), with scale = max|x| / the format's largest number. A product of such numbers is scaled back
 where it is accumulated, before anything is written.
 
 Each is a custom operator of torch, `diffusion_fast::NAME`, so that torch.compile takes it into a graph as it stands.
-kernels.py and norm_kernels.py have Triton kernels for CUDA.
+kernels.py, norm_kernels.py and attention_kernels.py have Triton kernels for CUDA.
 
 Rounding is to nearest, ties to even. In fp8 a NaN stays NaN, and infinity makes its whole row NaN. int8 has no such
 number: a NaN becomes some integer.
@@ -39,6 +40,11 @@ def quantized(x: torch.Tensor, amax: torch.Tensor, dtype: torch.dtype) -> Quanti
     if dtype == torch.int8:
         scaled = scaled.clamp(-127, 127).round()
     return scaled.to(dtype), scale
+
+
+def saturated(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in another dtype; what is beyond fp8's largest number becomes that."""
+    return (x.clamp(-LARGEST[dtype], LARGEST[dtype]) if dtype in LARGEST else x).to(dtype)
 
 
 def quantized_rows(x: torch.Tensor, dtype: torch.dtype) -> Quantized:
@@ -167,6 +173,38 @@ def _(
 ) -> torch.Tensor:
     check_matmul(q, w, scale_q, scale_w, bias)
     return torch.empty((*q.shape[:-1], w.shape[0]), dtype=out_dtype, device=q.device)
+
+
+def check_cast_matmul(x: torch.Tensor, w: torch.Tensor, scale_w: torch.Tensor, bias: torch.Tensor | None) -> None:
+    if x.dtype not in (torch.bfloat16, torch.float16) or w.dtype != torch.float8_e4m3fn:
+        raise ValueError(
+            f"a product of {x.dtype}, cast, and {w.dtype}: it takes torch.bfloat16 or torch.float16, and "
+            "torch.float8_e4m3fn"
+        )
+    if w.ndim != 2 or x.shape[-1] != w.shape[1]:
+        raise ValueError(f"a product of {tuple(x.shape)} by {tuple(w.shape)}: rows of both have to be equally long")
+    check_length("scale_w", scale_w, w.shape[0])
+    if bias is not None:
+        check_length("the bias", bias, w.shape[0])
+
+
+@torch.library.custom_op("diffusion_fast::cast_matmul", mutates_args=(), device_types="cpu")
+def cast_matmul(x: torch.Tensor, w: torch.Tensor, scale_w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`scaled_matmul` of rows that are cast to fp8 as they are, saturating: x (..., in), w (out, in) → (..., out).
+
+    x is bf16 or fp16, which the result is too, w torch.float8_e4m3fn (else ValueError), scale_w (1, out) in fp32. There
+    is no scale of x: it belongs into what made x, and into scale_w. On a GPU `in` is a multiple of 16.
+    """
+    check_cast_matmul(x, w, scale_w, bias)
+    cast = saturated(x.float(), w.dtype)
+    made: torch.Tensor = scaled_matmul(cast, w, torch.ones(x.shape[:-1].numel(), 1), scale_w, bias, x.dtype)
+    return made
+
+
+@cast_matmul.register_fake
+def _(x: torch.Tensor, w: torch.Tensor, scale_w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    check_cast_matmul(x, w, scale_w, bias)
+    return torch.empty((*x.shape[:-1], w.shape[0]), dtype=x.dtype, device=x.device)
 
 
 TOGETHER = 8  # rows of hidden, and then as many of gate
@@ -486,3 +524,53 @@ def _(
 ) -> Quantized:
     check_group_norm(x, groups, weight, bias, x_bias, embedding)
     return empty_images(x, dtype)
+
+
+WIDEST_HEAD = 128
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def check_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out_dtype: torch.dtype) -> None:
+    if {q.dtype, k.dtype, v.dtype} not in ({HALVES[0]}, {HALVES[1]}):
+        raise ValueError(
+            f"attention of {q.dtype}, {k.dtype} and {v.dtype}: all have to be one of {', '.join(map(str, HALVES))}"
+        )
+    if out_dtype not in (q.dtype, torch.float8_e4m3fn):
+        raise ValueError(f"attention of {q.dtype} to {out_dtype}: it is written as it came, or to torch.float8_e4m3fn")
+    if q.ndim != 4 or k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]) or not k.shape[1]:
+        raise ValueError(
+            f"attention of {tuple(q.shape)} to {tuple(k.shape)} and {tuple(v.shape)}: all are (batch, tokens, heads, "
+            "head dimension), and only the tokens of the first may differ"
+        )
+    if not takes_heads_of(q.shape[-1]):
+        raise ValueError(f"attention by heads of {q.shape[-1]}: they have to be a multiple of 8, {WIDEST_HEAD} at most")
+    if not scale > 0:  # the kernel scales the largest score, which for others isn't the largest scaled one
+        raise ValueError(f"attention scaled by {scale}: it has to be above 0")
+
+
+def takes_heads_of(dimension: int) -> bool:
+    """Whether `attention` takes heads so wide."""
+    return 0 < dimension <= WIDEST_HEAD and dimension % 8 == 0
+
+
+@torch.library.custom_op("diffusion_fast::attention", mutates_args=(), device_types="cpu")
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out_dtype: torch.dtype) -> torch.Tensor:
+    """softmax(q kᵀ scale) v by heads: q (batch, queries, heads, dim), k and v (batch, keys, heads, dim) → q's shape.
+
+    All are bf16 or all fp16, views of a fused projection's result as they lie, and `dim` is a multiple of 8 up to 128
+    (else ValueError). There is no mask. `out_dtype` is theirs or torch.float8_e4m3fn, to which the result is cast as it
+    is, saturating: a scale belongs into what made v, since the result is as v is. Accumulated in fp32; on a GPU the
+    softmax's numbers are rounded to q's dtype before they meet v, as everywhere.
+    FlashAttention: https://arxiv.org/abs/2205.14135
+    """
+    check_attention(q, k, v, scale, out_dtype)
+    wide_q, wide_k, wide_v = (each.transpose(1, 2).float() for each in (q, k, v))
+    # Not by scaled_dot_product_attention, which on a CPU makes 0 of a NaN.
+    made = (wide_q @ wide_k.transpose(-1, -2) * scale).softmax(-1) @ wide_v
+    return saturated(made.transpose(1, 2), out_dtype).contiguous()
+
+
+@attention.register_fake
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out_dtype: torch.dtype) -> torch.Tensor:
+    check_attention(q, k, v, scale, out_dtype)
+    return torch.empty(q.shape, dtype=out_dtype, device=q.device)

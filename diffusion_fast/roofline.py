@@ -19,7 +19,8 @@ from diffusion_fast.modules import stored_bytes
 from diffusion_fast.optimizations import Build, left_out
 
 KINDS = ("linear", "convolution", "attention")
-LINEARS = ("scaled_matmul", "linear_geglu", "scaled_matmul_geglu")  # operators of ours: rows, weights, and what else
+# Operators of ours: rows, weights, and what else.
+LINEARS = ("scaled_matmul", "cast_matmul", "linear_geglu", "scaled_matmul_geglu")
 # Batched matmuls are attention's alone, and the rest of what is counted are its fused kernels.
 KIND_OF = {
     **dict.fromkeys(("aten.mm", "aten.addmm", "aten._int_mm", "aten._scaled_mm"), "linear"),
@@ -66,6 +67,7 @@ def count_flops(build: Build) -> dict[str, dict[str, float]]:
     if hasattr(own, "scaled_matmul"):  # where an optimization has imported them
         for name in LINEARS:
             unknown_to_torch[getattr(own, name)] = lambda rows, w, *_, **__: 2 * math.prod(rows) * w[0]
+        unknown_to_torch[own.attention] = lambda q, k, *_, **__: 4 * math.prod(q) * k[1]
         unknown_to_torch[own.convolution_nhwc] = lambda x, w, *_, out_shape, **__: conv_flop_count(x, w, out_shape)
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))

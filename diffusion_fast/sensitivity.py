@@ -64,8 +64,8 @@ def measure(spec: RunSpec, target: float | None, tell: Any) -> dict[str, Any]:
     name_of_format = eight_bit_format(spec.optimizations)
     number_format = eight_bits.FORMATS[name_of_format]
     # In eager mode: a layer more or less would be compiled anew each time.
-    # fused_geglu's kernel is for 16 bits, and the layers have the same names without it.
-    left_out = {*DTYPES, "tf32", "fused_geglu"}
+    # Kernels of our own are for 16 bits, and the layers have the same names without them.
+    left_out = {*DTYPES, "tf32", "fused_geglu", "attention_kernel"}
     plain = tuple(
         name for name in spec.optimizations if OPTIMIZATIONS[name].stage not in LATER and name not in left_out
     )

@@ -19,6 +19,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812 - its usual name
 import triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from diffusion_fast import kernels, norm_kernels, operators
+from diffusion_fast import attention_kernels, kernels, norm_kernels, operators
 
 FP8, INT8, BF16 = torch.float8_e4m3fn, torch.int8, torch.bfloat16
 NAMES = {FP8: "fp8", INT8: "int8", BF16: "bf16", torch.float32: "fp32"}
@@ -180,6 +182,33 @@ def matmul_cases(device: str, check: bool) -> Iterator[Case]:
         yield Case("scaled_matmul", f"{rows}×{columns}×{depth}", 0, 2 * rows * columns * depth, make)
 
 
+def cast_matmul_cases(device: str, check: bool) -> Iterator[Case]:
+    """Linears behind attention: rows that a scale is found for, or that are cast where they are multiplied."""
+    for rows, columns, depth in ((2048, 1280, 1280), (8192, 640, 640)) if not check else ((20, 32, 32),):
+
+        def make(rows: int = rows, columns: int = columns, depth: int = depth) -> dict[str, Call]:
+            x, w = normal(rows, depth, device=device), normal(columns, depth, device=device)
+            bias = normal(columns, device=device)
+            w8, sw8 = kernels.launch_quantize_rows(w, FP8)
+            sw8 = sw8.reshape(1, -1)
+            q8, sq8 = kernels.launch_quantize_rows(x, FP8)
+
+            def by_two() -> torch.Tensor:
+                q, scale = kernels.launch_quantize_rows(x, FP8)
+                return torch._scaled_mm(q, w8.t(), scale, sw8, bias, out_dtype=BF16, use_fast_accum=True)
+
+            return {
+                "quantize_rows, _scaled_mm": by_two,
+                "ours, cast within": lambda: kernels.launch_cast_matmul(x, w8, sw8, bias),
+                "_scaled_mm alone": lambda: torch._scaled_mm(
+                    q8, w8.t(), sq8, sw8, bias, out_dtype=BF16, use_fast_accum=True
+                ),
+                "cuBLAS bf16": lambda: F.linear(x, w, bias),
+            }
+
+        yield Case("cast_matmul", f"{rows}×{columns}×{depth}", 0, 2 * rows * columns * depth, make)
+
+
 def geglu_cases(device: str, check: bool) -> Iterator[Case]:
     """A feed-forward's first linear with its GEGLU, and both with what the second linear in eight bits needs."""
     for rows, columns, depth in ((2048, 10240, 1280), (8192, 5120, 640)) if not check else ((20, 32, 32),):
@@ -322,6 +351,50 @@ def convolution_cases(device: str, check: bool) -> Iterator[Case]:
         yield Case("convolution_nhwc", f"{channels}→{columns}, {side}²/{stride}", 0, operations, make)
 
 
+def attention_cases(device: str, check: bool) -> Iterator[Case]:
+    """What SDXL's UNet attends to under guidance: all as slices of a fused projection, as they lie there."""
+    sizes = (  # queries, keys, heads
+        (4096, 4096, 10),
+        (1024, 1024, 20),
+        (4096, 77, 10),
+        (1024, 77, 20),
+    )
+    for queries, keys, heads in sizes if not check else ((40, 40, 2), (40, 20, 2)):
+
+        def make(queries: int = queries, keys: int = keys, heads: int = heads) -> dict[str, Call]:
+            if queries == keys:
+                fused = normal(2, queries, 3 * heads * 64, device=device)
+                q, k, v = (each.unflatten(-1, (heads, 64)) for each in fused.chunk(3, -1))
+            else:
+                q = normal(2, queries, heads, 64, device=device)
+                fused = normal(2, keys, 2 * heads * 64, device=device)
+                k, v = (each.unflatten(-1, (heads, 64)) for each in fused.chunk(2, -1))
+            q_first, k_first, v_first = (each.transpose(1, 2) for each in (q, k, v))
+
+            def by_torch_alone(backend: SDPBackend) -> torch.Tensor:
+                with sdpa_kernel(backend):
+                    made = F.scaled_dot_product_attention(q_first, k_first, v_first)
+                return made.transpose(1, 2).flatten(2)
+
+            def by_us(dtype: torch.dtype) -> Call:
+                return lambda: attention_kernels.launch_attention(q, k, v, 0.125, dtype)
+
+            # A CPU has none of the others.
+            cudnn, flash = (
+                SDPBackend.MATH if check else each for each in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION)
+            )
+            return {
+                "cuDNN bf16": lambda: by_torch_alone(cudnn),
+                "flash bf16": lambda: by_torch_alone(flash),
+                "ours bf16": by_us(BF16),
+                "cuDNN, then rows to fp8": lambda: kernels.launch_quantize_rows(by_torch_alone(cudnn), FP8),
+                "ours, then rows to fp8": lambda: kernels.launch_quantize_rows(by_us(BF16)().flatten(2), FP8),
+                "ours to fp8": by_us(FP8),
+            }
+
+        yield Case("attention", f"{queries}×{keys}×{heads}", 0, 4 * 2 * heads * queries * keys * 64, make)
+
+
 def time_calls(calls: list[Call], device: str) -> float:
     """Seconds of one call, the median of REPEATS goes through all of them."""
     for call in (*calls, *calls):  # compiles, tunes, warms up
@@ -352,14 +425,14 @@ def time_calls(calls: list[Call], device: str) -> float:
 def agreements(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
     """Each kernel against its definition on a CPU, on inputs with ragged ends; what is returned says how they agree."""
 
-    def compare(made: Any, plain: Any) -> str:
+    def compare(made: Any, plain: Any, most: float = 2e-2) -> str:
         made, plain = (each if isinstance(each, tuple) else (each,) for each in (made, plain))
         said = []
         for one, other in zip(made, plain, strict=True):
             one, other = one.cpu().double(), other.double()
             differ = (one != other).double().mean().item()
             off = ((one - other).norm() / other.norm()).item()
-            said.append(f"{differ:.2%} differ, by {off:.1e}" + ("" if off < 2e-2 else " DIFFERENT"))
+            said.append(f"{differ:.2%} differ, by {off:.1e}" + ("" if off < most else " DIFFERENT"))
         return "; ".join(said)
 
     def moved(given: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -422,11 +495,8 @@ def agreements(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
     for config in tuner.configs:
 
         def agree_by(config: Any = config) -> str:
-            tried, tuner.configs = tuner.configs, [config]
-            try:
+            with only(tuner, config):
                 return compare(kernels.launch_linear_geglu(*moved((x, w, bias))), operators.linear_geglu(x, w, bias))
-            finally:
-                tuner.configs = tried
 
         tile = config.kwargs
         kind = "persistent" if tile["PERSISTENT"] else f"{config.num_stages} stages"
@@ -450,6 +520,66 @@ def agreements(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
                 return compare(made, operators.group_norm_quantize_nhwc(*given))
 
             yield f"group_norm, {channels}, to {NAMES[dtype]}", quantized
+
+    rows, w, bias = torch.randn(300, 640).to(BF16), torch.randn(272, 640), torch.randn(272).to(BF16)
+    rows[0, :9] = 1000.0  # saturates
+    weights, scale_w = operators.quantize_rows(w, FP8)
+    cast = (rows, weights, scale_w.reshape(1, -1), bias)
+    for config in kernels._cast_matmul_kernel.configs:
+
+        def agree_cast(config: Any = config, given: Any = cast) -> str:
+            with only(kernels._cast_matmul_kernel, config):
+                return compare(kernels.launch_cast_matmul(*moved(given)), operators.cast_matmul(*given))
+
+        tile = config.kwargs
+        yield f"cast_matmul, {tile['FIRST']}×{tile['SECOND']}×{tile['DEPTH']}, {config.num_warps} warps", agree_cast
+
+    # Every tile, too: queries that fill none, keys that fill one, many, or some and a bit of the next.
+    tuner = attention_kernels._attention_kernel
+    for keys in (1024, 1000, 77) if device == "cuda" else (64, 70, 20):
+        fused = torch.randn(2, keys, 2 * 3 * 64).to(BF16)
+        q, k, v = (each.unflatten(-1, (3, 64)) for each in (torch.randn(2, 333, 3 * 64).to(BF16), *fused.chunk(2, -1)))
+        tuner.nargs = {"KEYS": keys}
+        tried = tuner.configs
+        if device == "cuda":
+            tried = tuner.prune_configs({"ALONE": keys <= attention_kernels.ONE_BLOCK, "WIDTH": 64})
+        for config in tried:
+            for dtype in (BF16, FP8) if keys != 1000 else (BF16,):
+
+                def attended(config: Any = config, given: Any = (q, k, v), dtype: torch.dtype = dtype) -> str:
+                    with only(tuner, config):
+                        made = attention_kernels.launch_attention(*strided(given, device), 0.2, dtype)
+                    return compare(made, operators.attention(*given, 0.2, dtype), 5e-2 if dtype == FP8 else 2e-2)
+
+                tile = config.kwargs
+                shape = f"{tile['TILES']}×{tile['FIRST']}×{tile['SECOND']}, {config.num_warps} warps"
+                yield f"attention, {keys}, {shape}, {NAMES[dtype]}", attended
+
+    for width in (40, 72, 128):  # the first as of Stable Diffusion 1.5, the second of PixArt: tiles are wider
+        given = tuple(torch.randn(2, 200, 3, width).to(BF16) for _ in range(3))
+
+        def attended_by(given: Any = given) -> str:
+            with only(tuner, tuner.configs[0]):
+                made = attention_kernels.launch_attention(*moved(given), 0.2, BF16)
+            return compare(made, operators.attention(*given, 0.2, BF16))
+
+        yield f"attention, heads of {width}", attended_by
+
+
+@contextmanager
+def only(tuner: Any, config: Any) -> Iterator[None]:
+    """Have a kernel take this tile, without trying any."""
+    tried, tuner.configs = tuner.configs, [config]
+    try:
+        yield
+    finally:
+        tuner.configs = tried
+
+
+def strided(given: tuple[torch.Tensor, ...], device: str) -> list[torch.Tensor]:
+    """On the device, at the strides that they have here: `to` would lay out slices anew."""
+    moved = [torch.empty_strided(each.shape, each.stride(), dtype=each.dtype, device=device) for each in given]
+    return [there.copy_(here) for there, here in zip(moved, given, strict=True)]
 
 
 def lost(device: str) -> bool:
@@ -507,12 +637,15 @@ def main() -> None:
         except Exception as error:  # one kernel's failure is a finding, not the end
             said = failed(error)
         record["agreements"][name] = said
-        print(f"{name:36} {said}", flush=True)
+        print(f"{name:46} {said}", flush=True)
     write()
 
     columns = f"{'kernel':26}{'shape':20}{'by':28}{'µs':>9}{'GB/s':>8}{'TFLOP/s':>9}{'ratio':>7}"
     print(f"\n{columns}   after {time.monotonic() - start:.0f} s")
-    families = (row_cases, matmul_cases, geglu_cases, convolution_cases, image_cases, group_norm_cases)
+    families = (
+        *(row_cases, matmul_cases, cast_matmul_cases, geglu_cases, attention_cases),
+        *(convolution_cases, image_cases, group_norm_cases),
+    )
     for case in itertools.chain.from_iterable(family(device, options.check) for family in families):
         if skipped(case.name):
             continue

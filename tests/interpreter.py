@@ -22,11 +22,16 @@ dot_by_triton = interpreter.InterpreterBuilder.create_dot
 
 
 def convert(data: Any, source: Any, target: Any, mode: Any) -> Any:
-    """Triton 3.6's loses the carry where a mantissa rounds up to the next power of two, and truncates subnormals."""
+    """Triton 3.6's loses the carry where a mantissa rounds up to the next power of two, and truncates subnormals.
+
+    To fp8 it saturates, as the processor's instruction does, and torch's conversion doesn't.
+    """
     if source not in TORCH or target not in TORCH:
         return convert_by_triton(data, source, target, mode)
     given = torch.from_numpy(data.copy())
     floats = given if given.is_floating_point() else given.view(TORCH[source])
+    if target == tl.float8e4nv:
+        floats = floats.clamp(-448.0, 448.0)
     made = floats.to(TORCH[target])
     return made.view(BITS[made.itemsize]).numpy()
 

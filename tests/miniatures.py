@@ -51,7 +51,7 @@ def _unet(config: Config) -> Config:
 
 
 def _pixart(config: Config) -> Config:
-    heads, dim = 4, 12
+    heads, dim = 2, 24
     return {
         "num_layers": 2,
         "num_attention_heads": heads,

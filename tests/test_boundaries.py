@@ -75,7 +75,7 @@ def named(path: Path) -> str:
 MODULES = {named(path): path for path in PACKAGE.rglob("*.py")}
 
 
-@pytest.mark.parametrize("name", ("kernels", "norm_kernels"))
+@pytest.mark.parametrize("name", ("kernels", "norm_kernels", "attention_kernels"))
 def test_without_triton_the_kernels_say_what_they_need(name: str) -> None:
     statement = f"import sys; sys.modules['triton'] = None; import diffusion_fast.{name}"
     done = subprocess.run((sys.executable, "-c", statement), capture_output=True, text=True)
@@ -94,13 +94,12 @@ def test_imports_go_one_way() -> None:
     order = [
         f"diffusion_fast.{name}"
         for name in (
-            "spec world models recipes inductor graphs ahead adapters modules operators kernels norm_kernels gated "
-            "eight_bits norms projections chained sliced scores optimizations.registry optimizations.numbers "
-            "optimizations.layers "
-            "optimizations.quantization optimizations.compilation optimizations.parts optimizations.approximation "
-            "optimizations plan spool rows fidelity measure watch environment draw judge accuracy outliers pipeline "
-            "own onestep roofline profile worker sensitivity launch saved_cache ladder stats check control sweep "
-            "report view tracking console cli __main__"
+            "spec world models recipes inductor graphs ahead adapters modules operators kernels norm_kernels "
+            "attention_kernels attention gated eight_bits norms projections chained sliced scores "
+            "optimizations.registry optimizations.numbers optimizations.layers optimizations.quantization "
+            "optimizations.compilation optimizations.parts optimizations.approximation optimizations plan spool "
+            "rows fidelity measure watch environment draw judge accuracy outliers pipeline own onestep roofline "
+            "profile worker sensitivity launch saved_cache ladder stats check control sweep report view tracking console cli __main__"
         ).split()
     ]
     assert {*order, "diffusion_fast"} == set(MODULES)

@@ -250,7 +250,7 @@ def test_the_pass_finds_the_layer_that_loses_most(monkeypatch: pytest.MonkeyPatc
 def test_the_command_writes_what_keep_reads(tmp_path: Path) -> None:
     options = (
         "--with",
-        "bf16,sdpa,fused_geglu,regional_compile,fp8_rows",
+        "bf16,sdpa,fused_geglu,attention_kernel,regional_compile,fp8_rows",
         "--target",
         "1%",
         "--output",

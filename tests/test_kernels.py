@@ -21,7 +21,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         "not in this process: test_kernels_hopper.py runs these with TRITON_INTERPRET=1", allow_module_level=True
     )
 
-from diffusion_fast import kernels, norm_kernels, operators
+from diffusion_fast import attention_kernels, kernels, norm_kernels, operators
 from tests import interpreter
 
 interpreter.mend()
@@ -202,6 +202,45 @@ def test_integers_add_up_beyond_what_a_float_holds() -> None:
     made = kernels.launch_triton_matmul(q, w, ones(3, 1), ones(1, 5), None, torch.float32)
     assert made[0, 0] == float(torch.tensor(127 * 127 * 5120, dtype=torch.float32)) and (made[:, 2] < 0).all()
     assert torch.equal(made, operators.scaled_matmul(q, w, ones(3, 1), ones(1, 5), None, torch.float32))
+
+
+@pytest.mark.parametrize("of", operators.HALVES, ids=str)
+@pytest.mark.parametrize("biased", (False, True))
+@pytest.mark.parametrize("rows, columns, depth", PRODUCTS)
+def test_a_product_of_cast_rows_is_that_of_their_nearest_in_eight_bits(
+    rows: int, columns: int, depth: int, biased: bool, of: torch.dtype
+) -> None:
+    x = awkward(rows, depth, torch.float32, seed=rows).to(of)  # with numbers beyond 448
+    w, scale_w = operators.quantize_rows(torch.randn(columns, depth, generator=seeded(1)), torch.float8_e4m3fn)
+    scale_w = scale_w.reshape(1, -1)
+    bias = torch.randn(columns, generator=seeded(2)).to(of) if biased else None
+    cast = x.float().clamp(-448, 448).to(torch.float8_e4m3fn).double()
+    exact = cast @ w.double().t() * scale_w + (0 if bias is None else bias.double())
+    size = cast.abs() @ w.double().abs().t() * scale_w
+    allowed = size * 2.0**-24 * (depth + 4) + exact.abs() * torch.finfo(of).eps / 2 + torch.finfo(of).tiny
+    for multiply in (kernels.launch_cast_matmul, operators.cast_matmul):
+        made = multiply(x, w, scale_w, bias)
+        assert made.dtype == of and made.shape == (rows, columns)
+        beyond = exact.abs() > torch.finfo(of).max
+        assert ((made.double() - exact).abs() <= allowed)[~beyond].all()
+
+
+def test_cast_products_that_cant_be_are_refused() -> None:
+    x, w, one = torch.ones(2, 3, 16).bfloat16(), torch.ones(4, 16).to(torch.float8_e4m3fn), torch.ones(1, 4)
+    for multiply in (kernels.launch_cast_matmul, operators.cast_matmul):
+        assert multiply(x, w, one, None).shape == (2, 3, 4)
+        with pytest.raises(ValueError, match=r"of torch\.float32, cast, and torch\.float8_e4m3fn: it takes"):
+            multiply(x.float(), w, one, None)
+        with pytest.raises(ValueError, match=r"of torch\.bfloat16, cast, and torch\.int8"):
+            multiply(x, w.float().to(torch.int8), one, None)
+        with pytest.raises(ValueError, match=r"\(2, 3, 8\) by \(4, 16\)"):
+            multiply(x[..., :8], w, one, None)
+        with pytest.raises(ValueError, match="scale_w has 3 numbers: 4"):
+            multiply(x, w, one[:, :3], None)
+        with pytest.raises(ValueError, match="the bias has 3 numbers: 4"):
+            multiply(x, w, one, one[0, :3])
+    with pytest.raises(ValueError, match="rows of 8 bytes"):
+        kernels.launch_cast_matmul(x[..., :8], w[:, :8], one, None)
 
 
 GATED = ((1, 16, 16), (5, 32, 16), (33, 80, 48), (70, 208, 64), (130, 48, 640))  # the second are hidden and gate
@@ -561,6 +600,109 @@ def test_group_norms_that_cant_be_are_refused() -> None:
             norm(x, 3, one, one, 1e-5, False, None, embedding)
 
 
+# Batch, queries, keys, heads, head dimension; the interpreter's tiles are of 32 queries and 32 keys, ALONE if no more.
+ATTENDED = (
+    *((1, 1, 1, 1, 8), (2, 33, 20, 3, 40), (1, 40, 32, 2, 128)),  # one block of keys
+    *((2, 40, 77, 2, 64), (1, 5, 65, 2, 72)),  # the last block isn't whole
+    *((1, 64, 128, 2, 64), (2, 3, 256, 1, 32)),  # all are
+)
+
+
+def attended(
+    batch: int, queries: int, keys: int, heads: int, dimension: int, of: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries, and keys and values as slices of one tensor. Keys grow, so that the largest score is found late."""
+    q = torch.randn(batch, queries, heads * dimension, generator=seeded(queries)).to(of)
+    both = torch.randn(batch, keys, 2 * heads * dimension, generator=seeded(keys))
+    k, v = (both * torch.linspace(0.2, 3, keys)[:, None]).to(of).chunk(2, -1)
+    return tuple(each.unflatten(-1, (heads, dimension)) for each in (q, k, v))  # type: ignore[return-value]
+
+
+def exactly_attended(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """In float64, and what rounding may add to it: of the weights, of the result, and of scores in fp32."""
+    weights = (torch.einsum("bqhd,bkhd->bhqk", q.double(), k.double()) * scale).softmax(-1)
+    exact, size = (torch.einsum("bhqk,bkhd->bqhd", weights, each.double()) for each in (v, v.abs()))
+    unit = torch.finfo(q.dtype).eps / 2
+    # fp16 has no small numbers: weights below 6e-5 of the largest are rounded to a multiple of 6e-8.
+    least = torch.finfo(q.dtype).smallest_normal * unit * v.double().abs().sum(1, keepdim=True)
+    return exact, size * (unit + 1e-4) + exact.abs() * unit + least
+
+
+@pytest.mark.parametrize("of", operators.HALVES, ids=str)
+@pytest.mark.parametrize("case", ATTENDED, ids=str)
+def test_attention_is_exact_to_rounding(case: tuple[int, ...], of: torch.dtype) -> None:
+    given = attended(*case, of)
+    exact, allowed = exactly_attended(*given, 0.3)
+    for attend in (attention_kernels.launch_attention, operators.attention):
+        made = attend(*given, 0.3, of)
+        assert made.dtype == of and made.is_contiguous() and made.shape == given[0].shape
+        assert ((made.double() - exact).abs() <= allowed).all()
+        made = attend(*given, 0.3, torch.float8_e4m3fn)
+        assert made.dtype == torch.float8_e4m3fn and made.is_contiguous()
+        allowed_in_fp8 = half_unit(exact, torch.float8_e4m3fn) + allowed
+        assert ((made.double() - exact).abs() <= allowed_in_fp8 * 1.01).all()
+
+
+def test_attention_reads_a_fused_projection_as_it_lies_and_copies_what_it_cant() -> None:
+    batch, tokens, heads, dimension = 2, 70, 2, 64
+    fused = torch.randn(batch, tokens, 3 * heads * dimension, generator=seeded(0)).bfloat16()
+    q, k, v = (each.unflatten(-1, (heads, dimension)) for each in fused.chunk(3, -1))
+    descriptors = [attention_kernels._described(each) for each in (q, k, v)]
+    assert [each.base.data_ptr() for each in descriptors] == [each.data_ptr() for each in (q, k, v)]
+    assert {tuple(each.strides) for each in descriptors} == {(tokens * 384, 384, 64, 1)}
+    made = attention_kernels.launch_attention(q, k, v, 0.125, torch.bfloat16)
+    apart = [each.clone(memory_format=torch.contiguous_format) for each in (q, k, v)]
+    assert torch.equal(made, attention_kernels.launch_attention(*apart, 0.125, torch.bfloat16))
+    for awkward_one in (
+        torch.randn(2, 70, 2, 72)[..., 1:65].bfloat16(),  # an odd address, were it a slice
+        torch.randn(2, 2, 64, 70).bfloat16().permute(0, 3, 1, 2),  # dimensions far from each other
+        torch.randn(1, 70, 2, 64).bfloat16().expand(2, -1, -1, -1),  # no stride at all
+        torch.randn(2, 70, 2, 72).bfloat16()[..., 1:65],
+    ):
+        descriptor = attention_kernels._described(awkward_one)
+        assert descriptor.base.data_ptr() % 16 == 0 and all(each % 8 == 0 for each in descriptor.strides[:3])
+        made, plain = (
+            attend(awkward_one, k, v, 0.125, torch.bfloat16)
+            for attend in (attention_kernels.launch_attention, operators.attention)
+        )
+        torch.testing.assert_close(made, plain, atol=1e-2, rtol=2e-2)
+
+
+def test_attention_to_eight_bits_saturates_and_a_nan_stays_one() -> None:
+    q, k, v = (torch.ones(1, 3, 2, 8).bfloat16() for _ in range(3))
+    v[..., 0], v[..., 1, 1], q[:, 2] = 1000, -500, math.nan
+    for attend in (attention_kernels.launch_attention, operators.attention):
+        made = attend(q, k, v, 1.0, torch.float8_e4m3fn).float()
+        assert (made[:, :2, :, 0] == 448).all() and (made[:, :2, 1, 1] == -448).all() and made[:, 2].isnan().all()
+        assert (made[:, :2, :, 2:] == 1).all()
+
+
+def test_attention_that_cant_be_is_refused() -> None:
+    q, k = torch.ones(1, 3, 2, 16).bfloat16(), torch.ones(1, 5, 2, 16).bfloat16()
+    for attend in (attention_kernels.launch_attention, operators.attention):
+        with pytest.raises(ValueError, match=r"torch\.bfloat16, torch\.float16 and torch\.bfloat16: all"):
+            attend(q, k.half(), k, 1.0, q.dtype)
+        with pytest.raises(ValueError, match=r"attention of torch\.float32"):
+            attend(q.float(), k.float(), k.float(), 1.0, torch.float32)
+        with pytest.raises(ValueError, match=r"to torch\.float16: it is written as it came"):
+            attend(q, k, k, 1.0, torch.float16)
+        with pytest.raises(ValueError, match="only the tokens of the first may differ"):
+            attend(q, k, k[:, :4], 1.0, q.dtype)
+        with pytest.raises(ValueError, match="only the tokens of the first may differ"):
+            attend(q[:, :, :1], k, k, 1.0, q.dtype)
+        with pytest.raises(ValueError, match="only the tokens of the first may differ"):
+            attend(q, k[:, :0], k[:, :0], 1.0, q.dtype)
+        with pytest.raises(ValueError, match="heads of 12: they have to be a multiple of 8, 128 at most"):
+            attend(q[..., :12], k[..., :12], k[..., :12], 1.0, q.dtype)
+        with pytest.raises(ValueError, match="heads of 160"):
+            attend(q.repeat(1, 1, 1, 10), k.repeat(1, 1, 1, 10), k.repeat(1, 1, 1, 10), 1.0, q.dtype)
+        with pytest.raises(ValueError, match=r"scaled by -1\.0: it has to be above 0"):
+            attend(q, k, k, -1.0, q.dtype)
+    assert attention_kernels.launch_attention(q[:, :0], k, k, 1.0, q.dtype).shape == (1, 0, 2, 16)
+
+
 def operations(dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
     x = torch.randn(2, 3, 16, generator=seeded(0))
     q, scale_q = operators.quantize_rows(x, dtype)
@@ -572,6 +714,7 @@ def operations(dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
     )
     turns, scale_turns = operators.quantize_rows(torch.randn(16, 16, generator=seeded(1)), dtype)
     halves = (x.bfloat16(), turns.bfloat16(), torch.ones(16).bfloat16())
+    halves_of_heads = torch.randn(2, 5, 3, 2, 16, generator=seeded(0)).bfloat16()
     return [
         (operators.linear_geglu, halves),
         (
@@ -586,6 +729,8 @@ def operations(dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
         (operators.layer_norm_quantize_rows, (x, torch.ones(16), torch.zeros(16), 1e-5, dtype)),
         (operators.group_norm_nhwc, (image, 4, torch.ones(16), torch.zeros(16), 1e-5, True, None, image[:, :, 0, 0])),
         (operators.group_norm_quantize_nhwc, (image, 4, torch.ones(16), torch.zeros(16), 1e-5, True, dtype)),
+        (operators.cast_matmul, (x.bfloat16(), operators.saturated(x[0], torch.float8_e4m3fn), torch.ones(1, 3), None)),
+        (operators.attention, (*halves_of_heads.unbind(2), 0.25, torch.bfloat16)),
     ]
 
 
@@ -593,7 +738,7 @@ def operations(dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
 def test_operators_hold_what_torch_asks_of_them(dtype: torch.dtype) -> None:
     for operator, arguments in operations(dtype):
         # The check of the schema multiplies the inputs, which torch can't in fp8.
-        skipped = dtype == torch.float8_e4m3fn and arguments[0].dtype == dtype
+        skipped = any(getattr(each, "dtype", None) == torch.float8_e4m3fn for each in arguments)
         torch.library.opcheck(operator, arguments, test_utils=OPCHECKS[1:] if skipped else OPCHECKS)
 
 

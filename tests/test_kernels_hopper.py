@@ -19,7 +19,7 @@ triton = pytest.importorskip("triton", reason="Triton isn't installed: the kerne
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing: run without TRITON_INTERPRET")
 
-from diffusion_fast import kernels, norm_kernels, operators  # noqa: E402
+from diffusion_fast import attention_kernels, kernels, norm_kernels, operators  # noqa: E402
 
 HERE = Path(__file__).parent
 
@@ -104,6 +104,25 @@ def test_products_use_the_tensor_cores_and_the_copy_engine(config: Any, of: str,
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("of", ("bf16", "fp16"))
+@pytest.mark.parametrize("config", candidates(kernels._cast_matmul_kernel))
+def test_rows_are_cast_in_registers_on_their_way_to_the_tensor_cores(config: Any, of: str, tmp_path: Path) -> None:
+    tile = config.kwargs
+    types = dict.fromkeys(("ROWS", "OUT", "IN"), "i32") | {"scale_w": "*fp32", "out": f"*{of}", "bias": f"*{of}"}
+    types["x"] = f"tensordesc<{of}[{tile['FIRST']}, {tile['DEPTH']}]>"
+    types["w"] = f"tensordesc<fp8e4nv[{tile['SECOND']}, {tile['DEPTH']}]>"
+    ptx, usage = compiled(
+        kernels._cast_matmul_kernel.fn, types, tmp_path, BIASED=True,
+        num_warps=config.num_warps, num_stages=config.num_stages, **tile,
+    )  # fmt: skip
+    assert "cp.async.bulk.tensor" in ptx and re.search(r"cvt\.rn\.satfinite\.e4m3x2\.f(32|16x2)", ptx)
+    assert re.findall(r"wgmma\.mma_async\S+e4m3\.e4m3 \{[^}]*\}, \{", ptx)  # the first from registers
+    assert usage["STACK"] == usage["LOCAL"] == 0 and usage["SHARED"] <= 227 * 1024
+    code = machine_code(tmp_path / "kernel.cubin").splitlines()
+    products = [number for number, line in enumerate(code) if "QGMMA." in line]
+    assert not any(re.search(r"\b(STS|STSM|SHFL)\b", line) for line in code[products[0] : products[-1]])
+
+
 @pytest.mark.parametrize(("of", "out"), [*((each, "bf16") for each in TRITON_TYPES), ("fp8e4nv", "fp8e4nv")])
 @pytest.mark.parametrize("config", candidates(kernels._linear_geglu_kernel))
 def test_linears_with_geglu_never_wait_between_their_products(config: Any, of: str, out: str, tmp_path: Path) -> None:
@@ -155,6 +174,53 @@ def test_convolutions_use_the_tensor_cores_and_the_copy_engine(
             num_warps=config.num_warps, num_stages=config.num_stages, **tile,
         )
     )  # fmt: skip
+
+
+KEYS = {"whole": 1024, "ragged": 1000, "alone": 77}
+# Of the width of a head, its keys and its result's format: what SDXL has, then what else is taken.
+ATTENTIONS = (
+    *((64, "whole", "bf16"), (64, "alone", "bf16"), (64, "ragged", "bf16")),
+    *((64, "whole", "fp8e4nv"), (64, "alone", "fp8e4nv"), (32, "whole", "bf16"), (128, "ragged", "bf16")),
+)
+
+
+def attention_cases() -> list[Any]:
+    tuner, found = attention_kernels._attention_kernel, []
+    for width, keys, out in () if INTERPRETED else ATTENTIONS:
+        tuner.nargs = {"KEYS": KEYS[keys]}
+        tried = tuner.prune_configs({"ALONE": keys == "alone", "WIDTH": width})
+        found += [pytest.param(width, keys, out, each, id=f"{width} {keys} {out} {each}") for each in tried]
+    return found
+
+
+@pytest.mark.parametrize("width, keys, out, config", attention_cases())
+def test_attention_leaves_its_scores_in_registers(width: int, keys: str, out: str, config: Any, tmp_path: Path) -> None:
+    tile = config.kwargs
+    types = dict.fromkeys(("QUERIES", "KEYS", "HEADS"), "i32") | {"scale": "fp32", "out": f"*{out}"}
+    types |= {
+        name: f"tensordesc<bf16[1, {tile[side]}, 1, {width}]>"
+        for name, side in (("q", "FIRST"), ("k", "SECOND"), ("v", "SECOND"))
+    }
+    ptx, usage = compiled(
+        attention_kernels._attention_kernel.fn, types, tmp_path, plain=("QUERIES", "KEYS", "HEADS"), DIM=width,
+        WIDTH=width, ALONE=keys == "alone", WHOLE=keys == "whole",
+        num_warps=config.num_warps, num_stages=config.num_stages, **tile,
+    )  # fmt: skip
+    assert usage["STACK"] == usage["LOCAL"] == 0 and usage["SHARED"] <= 227 * 1024
+    assert usage["REG"] * 32 * config.num_warps <= 65536 // (2 if width <= 64 and tile["FIRST"] <= 64 else 1)
+    assert "cp.async.bulk.tensor" in ptx and "ld.global" not in ptx and "st.global.v4" in ptx
+    assert "cvt.rn.satfinite.e4m3x2.f32" in ptx or out == "bf16"
+    assert not re.findall(r"ex2\.approx\.f32", ptx)  # without ftz small numbers take three more instructions
+    code = machine_code(tmp_path / "kernel.cubin").splitlines()
+    products = [number for number, line in enumerate(code) if "HGMMA." in line]
+    rounds = 2 if keys == "ragged" else 1  # the loop's, and the last block's
+    rows = tile["FIRST"] // 16 // config.num_warps  # products of 64 rows for each instruction's 16 deep
+    assert len(products) == rounds * rows * (width // 16 + tile["SECOND"] // 16)
+    # Weights are where the second product wants them, but for the queries on their way in and the result's on its out.
+    within = "\n".join(code[products[0] : products[-1]])
+    assert not re.search(r"\b(STS|STSM|LDS|LDSM|LDG|STG)\b", within)
+    # Nor does the assembler have each of a product's instructions wait for the one before.
+    assert "\n".join(code).count("WARPGROUP.DEPBAR") <= 5 < len(products)
 
 
 def assert_on_tensor_cores(ptx: str, usage: dict[str, int]) -> None:

@@ -50,6 +50,7 @@ PUBLISHED = {
 # What an optimization needs beside it, and what it can't do here: on a CPU, without weights from the hub.
 BESIDE = {
     "attention_backend": ("bf16", "sdpa"),
+    "attention_kernel": ("bf16", "sdpa"),
     "no_layout_copies": ("channels_last",),
     "group_norm_kernels": ("channels_last",),
     "fused_qkv": ("sdpa",),

@@ -116,6 +116,28 @@ def test_a_pipeline_in_bfloat16_needs_no_name_for_it(pipe: Any) -> None:
     assert painted(pipe).std() > 1
 
 
+def test_our_own_attention_goes_with_another_scheduler(pipe: Any) -> None:
+    pipe.to(torch.bfloat16)
+    pipe.scheduler = UniPCMultistepScheduler.from_config(pipe.scheduler.config)
+    diffusion_fast.optimize(pipe, "sdpa", "attention_kernel", "prompt_projections")
+    found = {type(processor).__name__ for processor in pipe.unet.attn_processors.values()}
+    assert found == {"KernelAttnProcessor"}
+    assert painted(pipe).std() > 1
+
+
+def test_an_adapter_attached_behind_our_own_attention_is_honoured(pipe: Any) -> None:
+    pipe.to(torch.bfloat16)
+    adapter = LoraConfig(r=4, target_modules=["to_q", "to_v", "to_out.0"], init_lora_weights=False)
+    diffusion_fast.optimize(pipe, "sdpa", "attention_kernel")
+    plain = painted(pipe)
+    torch.manual_seed(0)
+    pipe.unet.add_adapter(adapter)
+    found = painted(pipe)
+    for network in (pipe.unet, pipe.vae):
+        network.set_attn_processor(AttnProcessor2_0())
+    assert abs(found - plain).mean() > 4 * abs(found - painted(pipe)).mean()
+
+
 def test_bf16_converts_the_pipeline(pipe: Any) -> None:
     before = painted(pipe)
     diffusion_fast.optimize(pipe, "bf16")

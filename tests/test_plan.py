@@ -103,6 +103,7 @@ def test_a_rung_that_would_measure_nothing_new_is_left_out_and_said() -> None:
         "prompt",
         "add-norm",
         "time",
+        "attention-kernel",
         "int8",
         "fp8",
         "convolutions",

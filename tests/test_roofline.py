@@ -81,6 +81,7 @@ def test_a_batch_takes_what_its_images_take_and_one_prompt(tiny: Build) -> None:
         ("int8_convolutions",),
         ("fused_geglu",),
         ("fused_geglu", "int8_rows"),
+        ("attention_kernel",),
     ],
     ids="+".join,
 )

@@ -142,6 +142,61 @@ def _attention_seconds(kernel: str, layers: Iterable[tuple[Any, ...]]) -> dict[t
     return seconds
 
 
+# Behind fused_qkv, too, and before eight_bits and prompt_projections take the layers' linears.
+@optimization(
+    stage="swap",
+    requires=("bf16", "sdpa"),
+    excludes=("attention_backend",),
+    min_capability=(9, 0),
+    imports=("diffusion_fast.attention",),
+    model_needs="plain_attention",
+)
+def attention_kernel(build: Build) -> dict[str, Any]:
+    """Compute the denoiser's attention by a kernel of our own, which reads a fused projection as it lies.
+
+    Layers with a mask, or with heads that it doesn't take, stay with PyTorch's. FlashAttention-2,
+    https://arxiv.org/abs/2307.08691
+    """
+    from diffusion_fast.attention import KernelAttnProcessor, attention_layers, take_over
+
+    start = time.perf_counter()
+    layers = attention_layers(build.denoiser)
+    fitting = [layer for layer in layers if KernelAttnProcessor.can_take(layer)]
+    unmasked = _attending_without_a_mask(build, fitting) if fitting else []
+    if not unmasked:
+        raise RuntimeError(
+            f"attention_kernel: of {len(layers)} attention layers of {type(build.denoiser).__name__} "
+            f"{len(fitting)} have heads and projections that the kernel takes, and none of them attends without a mask"
+        )
+    take_over(unmasked)
+
+    def proof() -> dict[str, Any]:
+        kept = sum(isinstance(layer.processor, KernelAttnProcessor) for layer in attention_layers(build.denoiser))
+        if kept != len(unmasked):
+            raise RuntimeError(f"attention_kernel: {kept} of {len(unmasked)} layers still attend by it")
+        return {"attention_layers": kept}
+
+    build.proofs["attention_kernel"] = proof
+    return {
+        "attention_layers": len(unmasked),
+        "masked": len(fitting) - len(unmasked),
+        "others": len(layers) - len(fitting),
+        "calibration_s": time.perf_counter() - start,
+    }
+
+
+def _attending_without_a_mask(build: Build, layers: list[Any]) -> list[Any]:
+    """Those of `layers` that are called in a step of the denoiser, and never given a mask."""
+    masked: dict[Any, bool] = {}
+
+    def note(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = inspect.signature(type(layer).forward).bind(layer, *args, **kwargs).arguments
+        masked[layer] = masked.get(layer, False) or given.get("attention_mask") is not None
+
+    build.short_call(*(layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers))
+    return [layer for layer in layers if not masked.get(layer, True)]
+
+
 # In plain fp32 the scores' product would take longer than all that is saved.
 @optimization(
     stage="swap",
