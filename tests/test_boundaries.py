@@ -99,7 +99,8 @@ def test_imports_go_one_way() -> None:
             "optimizations.registry optimizations.numbers optimizations.layers optimizations.quantization "
             "optimizations.compilation optimizations.parts optimizations.approximation optimizations plan spool "
             "rows fidelity measure watch environment draw judge accuracy outliers pipeline own onestep roofline "
-            "profile worker sensitivity launch saved_cache ladder stats check control sweep report view tracking console cli __main__"
+            "profile worker sensitivity launch saved_cache ladder stats check control sweep report view tracking "
+            "console cli __main__"
         ).split()
     ]
     assert {*order, "diffusion_fast"} == set(MODULES)
