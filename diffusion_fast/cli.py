@@ -62,11 +62,14 @@ class Percentage(click.ParamType[Any]):
 
 
 @contextmanager
-def wrong_input_exits_2() -> Iterator[None]:
+def errors_exit() -> Iterator[None]:
+    """With 2 where the input is wrong, with 1 where weights can't be had."""
     try:
         yield
     except ValueError as error:
         fail(str(error), 2)
+    except WeightsUnreachableError as error:
+        fail(str(error), 1)
 
 
 def options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,8 +83,9 @@ def options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
     return decorate
 
 
+MODEL_HELP = "See `diffusion-fast list`; or a folder in diffusers' format, or a hub id."
 measuring = options(
-    click.option("--model", default="tiny", show_default=True, help="See `diffusion-fast list`."),
+    click.option("--model", default="tiny", show_default=True, help=MODEL_HELP),
     click.option("--weights", default="auto", help="embedded, pretrained (from the hub), random, or a folder."),
     click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True),
     click.option("--compile-mode", default="auto", help="auto: max-autotune on a GPU, default on a CPU."),
@@ -251,7 +255,7 @@ def _list_models() -> None:
 @tracked
 def ladder(name: str, only: str, device: str, **chosen: Any) -> None:
     """Measure a ladder of recipes, a fresh process each, and record every rung as an MLflow run."""
-    with wrong_input_exits_2():
+    with errors_exit():
         found = plan.find_device(device)
         recipes, notes = plan.find_ladder(name, found, plan.find_model(chosen["model"]))
     _measure(name, recipes, notes, found, only=_names(only), **chosen)
@@ -281,7 +285,7 @@ def profile(**chosen: Any) -> None:
 
 @main.command()
 @one_recipe
-@click.option("--model", default="tiny", show_default=True, help="See `diffusion-fast list`.")
+@click.option("--model", default="tiny", show_default=True, help=MODEL_HELP)
 @click.option("--weights", default="auto", help="embedded, pretrained (from the hub), random, or a folder.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
 @click.option("--target", type=Percentage(), metavar="2%", help="The relative error of a step that may remain.")
@@ -302,7 +306,7 @@ def sensitivity(
     """
     from diffusion_fast import sensitivity as pass_
 
-    with wrong_input_exits_2():
+    with errors_exit():
         found = plan.find_device(device)
         chosen = plan.find_model(model)
         recipe, _ = _chosen_recipe(names, recipe_name, ladder_name, found, chosen)
@@ -310,10 +314,7 @@ def sensitivity(
         planned = plan.plan_ladder("sensitivity", (recipe,), chosen, found, settings)
         if not eight_bit_format(recipe.optimizations):
             raise ValueError("sensitivity is about a recipe for eight bits: add fp8_rows or int8_rows by --with.")
-        try:
-            check_weights(chosen, planned.rungs[0].weights, plan.hub_parts(planned, chosen))
-        except WeightsUnreachableError as error:
-            fail(str(error), 1)
+        check_weights(chosen, planned.rungs[0].weights, plan.hub_parts(planned, chosen))
     try:
         done = pass_.launch(planned.rungs[0], target, output)
     except OSError as error:
@@ -344,7 +345,7 @@ def sweep_(**chosen: Any) -> None:
 
 
 def _measure_one(what: str, *, names: str, recipe_name: str, ladder_name: str, device: str, **chosen: Any) -> None:
-    with wrong_input_exits_2():
+    with errors_exit():
         found = plan.find_device(device)
         recipe, notes = _chosen_recipe(names, recipe_name, ladder_name, found, plan.find_model(chosen["model"]))
     _measure(what, (recipe,), notes, found, only=(), **chosen)
@@ -399,19 +400,19 @@ def _measure(
     **settings: Any,
 ) -> None:
     with ExitStack() as held:
-        with wrong_input_exits_2():
+        with errors_exit():
+            found = plan.find_model(model)
             chosen = plan.Settings(
                 weights=None if weights == "auto" else weights,
                 compile_mode=None if compile_mode == "auto" else compile_mode,
                 prompt=None if prompt == "auto" else prompt,
                 guidance_scale=guidance,
-                kept=read_kept(keep, model) if keep else (),
+                kept=read_kept(keep, found.name) if keep else (),
                 **settings,
             )
             first = rounds if until is None else max(rounds, UNTIL_ROUNDS)
             if until is not None and max_rounds < first:
                 raise ValueError(f"--until plans {first} rounds, and --max-rounds {max_rounds} is less.")
-            found = plan.find_model(model)
             planned = plan.plan_ladder(name, recipes, found, device, chosen, notes)
             if name == SWEEP:
                 planned = sweep.plan_points(planned, found, batch_sizes, sizes)
@@ -430,10 +431,7 @@ def _measure(
                 planned = saved_cache.start_from(loaded, planned)
             if exclusive:
                 plan.refuse_company(device)
-            try:
-                check_weights(found, planned.rungs[0].weights, plan.hub_parts(planned, found))
-            except WeightsUnreachableError as error:
-                fail(str(error), 1)
+            check_weights(found, planned.rungs[0].weights, plan.hub_parts(planned, found))
             if not no_track and importlib.util.find_spec("mlflow") is None:
                 raise ValueError("mlflow isn't installed: --no-track measures without it, and `sync` records later.")
             resumed = climbing.find_resumable(root, planned) if resume else None
@@ -489,7 +487,7 @@ def report(
     """
     from diffusion_fast import report as reporting
 
-    with wrong_input_exits_2():
+    with errors_exit():
         if folder is not None:
             found = [path for path in spool.find_ladders(folder) if ladder_id in (None, "", path.name)]
             if not found:
@@ -534,7 +532,7 @@ def check(
     from diffusion_fast import report as reporting
     from diffusion_fast.tracking import TrackingError, load_runs
 
-    with wrong_input_exits_2():
+    with errors_exit():
         try:
             ours, theirs, known = (
                 reporting.records(load_runs(experiment, tracking_uri, query)) for query in (candidate, baseline, "")

@@ -6,13 +6,12 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from diffusion_fast.models import MODELS
+from diffusion_fast import unlisted
 from diffusion_fast.optimizations import OPTIMIZATIONS, Build
 from diffusion_fast.pipeline import apply
 from diffusion_fast.plan import Device, Settings, plan_ladder
 from diffusion_fast.spec import DTYPES, Model, Recipe
 
-DENOISERS = ("unet", "transformer")
 # diffusers' own processors, that compute attention and nothing else: not an IP-Adapter's, for instance.
 PLAIN = {"AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0"}
 LATE = {"guidance_cutoff": "it works by an argument of each call"}
@@ -65,28 +64,18 @@ def optimize(pipe: Any, *names: str, compile_mode: str = "default", example: Map
 def _model_of(pipe: Any) -> Model:
     """What optimizations ask of a model, of this pipeline: what is known of its class, and its own numbers."""
     kind = type(pipe).__name__
-    denoiser = next((each for each in DENOISERS if getattr(pipe, each, None) is not None), None)
-    if denoiser is None:
-        raise ValueError(f"{kind} has neither a unet nor a transformer.")
-    known = next((each for each in MODELS.values() if each.pipeline == kind), None)
+    denoiser = unlisted.denoiser_of(kind, (name for name, part in pipe.components.items() if part is not None))
     network = getattr(pipe, denoiser)
-    latents = network.config.get("sample_size")
-    guidance = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
-    if not isinstance(latents, int) or not hasattr(pipe, "vae_scale_factor") or guidance is None:
-        raise ValueError(f"{kind} isn't known here: its own size of pictures and guidance can't be told.")
-    pixels = latents * pipe.vae_scale_factor
-    return Model(
-        name=kind,
+    arguments = inspect.signature(type(pipe).__call__).parameters.values()
+    return unlisted.describe(
+        kind,
+        kind,
+        denoiser,
+        network.config,
+        getattr(pipe, "vae_scale_factor", None),
+        {each.name: None if each.default is each.empty else each.default for each in arguments},
         summary="your own",
-        pipeline=kind,
-        denoiser=denoiser,  # type: ignore[arg-type]
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        height=pixels,
-        width=pixels,
-        steps=30,
-        guidance_scale=guidance.default,
-        least_steps=known.least_steps if known else 1,
-        call_arguments=known.call_arguments if known else (),
     )
 
 

@@ -6,13 +6,14 @@ import difflib
 import importlib.metadata
 import math
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from diffusion_fast import world
+from diffusion_fast import unlisted, world
 from diffusion_fast.models import MODELS
 from diffusion_fast.optimizations import OPTIMIZATIONS, STAGES, Optimization, compiles, eight_bit_format, same_work
 from diffusion_fast.recipes import LADDERS
@@ -173,7 +174,8 @@ def plan_ladder(
     if settings.kept and not any(eight_bit_format(recipe.optimizations) for recipe in recipes):
         raise ValueError("--keep is about layers that a recipe for eight bits would quantize, and there is none.")
     now = datetime.now(UTC)
-    ladder_id = f"{now:%Y%m%d-%H%M%S}-{model.name}-{name}-{secrets.token_hex(2)}"
+    named = re.sub(r"[^\w.-]+", "-", model.name)  # a hub id has a slash, a folder's name may have anything
+    ladder_id = f"{now:%Y%m%d-%H%M%S}-{named}-{name}-{secrets.token_hex(2)}"
 
     def spec(rung: str, recipe: Recipe) -> RunSpec:
         return RunSpec(
@@ -182,6 +184,7 @@ def plan_ladder(
             rung=rung,
             role="reference" if rung == REFERENCE else "rung",
             model=model.name,
+            unlisted=None if MODELS.get(model.name) == model else model,
             weights=settings.weights or model.default_weights,
             recipe=recipe.name,
             optimizations=plan_recipe(model, recipe, device),
@@ -249,7 +252,12 @@ def hub_parts(ladder: Ladder, model: Model) -> set[str]:
 
 
 def find_model(name: str) -> Model:
-    return lookup("model", name, MODELS)
+    """A model by its name, or by a folder or hub id that need be no entry's.
+
+    Raises ValueError where there is none, WeightsUnreachableError where only the hub would know.
+    """
+    listed = MODELS.get(name) or next((each for each in MODELS.values() if name and each.hub_id == name), None)
+    return listed or unlisted.find(name) or lookup("model", name, MODELS)
 
 
 def find_ladder(name: str, device: Device, model: Model) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_fast.models import MODELS, PACKAGE
-from diffusion_fast.spec import Model
+from diffusion_fast.optimizations import Build
+from diffusion_fast.pipeline import _from_configs
+from diffusion_fast.plan import Device, Settings, plan_ladder
+from diffusion_fast.spec import Model, Recipe
 
 NAMES = ("sdxl", "ssd-1b", "sd15", "pixart-alpha")
 CONTEXT = 32  # numbers of a token, of each text encoder
@@ -74,3 +77,13 @@ def miniature(name: str, folder: Path) -> Model:
         smaller = SMALLER.get(kind, lambda _: {})
         (folder / file.name).write_text(json.dumps(config | smaller(config)))
     return replace(model, configs=str(folder), height=64, width=64, int8_excluded_shapes=())
+
+
+def saved(name: str, folder: Path) -> Path:
+    """The miniature of `name` in diffusers' format, as a person has a model: the folder that holds its weights."""
+    configs, weights = folder / "configs", folder / f"my {name}"
+    configs.mkdir()
+    model = miniature(name, configs)
+    (spec,) = plan_ladder("mine", (Recipe("mine"),), model, Device("cpu", "CPU"), Settings(weights="random")).rungs
+    _from_configs(Build(model, spec)).save_pretrained(weights)
+    return weights
