@@ -24,7 +24,7 @@ from diffusion_fast import ladder as climbing
 from diffusion_fast.console import fail
 from diffusion_fast.models import MODELS, WeightsUnreachableError, check_weights
 from diffusion_fast.optimizations import OPTIMIZATIONS, eight_bit_format
-from diffusion_fast.recipes import LADDERS
+from diffusion_fast.recipes import ABLATION, LADDERS
 from diffusion_fast.sensitivity import read_kept
 from diffusion_fast.spec import SWEEP, Model, Recipe
 
@@ -227,6 +227,8 @@ def list_(what: str, as_json: bool) -> None:
             mode = share or (f"compile mode {recipe.compile_mode}" if recipe.compile_mode else "")
             click.echo(f"    {index:02}-{recipe.name:20} {'+ ' + ', '.join(added) if added else mode}".rstrip())
             before |= set(recipe.optimizations)
+        if name == ABLATION:
+            click.echo("    01-without-NAME         each of its names in turn, with those that require it")
 
 
 def _list_models() -> None:

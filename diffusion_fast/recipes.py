@@ -52,6 +52,7 @@ CONTROLS = tuple(
 )
 
 AA = "aa"
+ABLATION = "ablation"  # its one recipe, and then without each of its names in turn: plan.find_ladder makes these
 LADDERS: dict[str, tuple[Recipe, ...]] = {
     "progressive": PROGRESSIVE,
     "progressive-modes": (*PROGRESSIVE, *DEFAULT_MODE),
@@ -70,6 +71,7 @@ LADDERS: dict[str, tuple[Recipe, ...]] = {
         PLAIN.plus("all", "guidance_cutoff", "feature_forecast", "tiny_vae"),
     ),
     "cpu": (SDPA, COMPILE, FUSED_QKV),  # its three experiments on a CPU
+    ABLATION: (replace(LOSSLESS, name="full"),),
     # One recipe under two names: what differs between them is the noise of the machine.
     AA: (Recipe("a", SDPA.optimizations), Recipe("b", SDPA.optimizations)),
 }
