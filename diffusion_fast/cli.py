@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from diffusion_fast import console, plan, saved_cache, spool, sweep
+from diffusion_fast import console, plan, saved_cache, script, spool, sweep
 from diffusion_fast import ladder as climbing
 from diffusion_fast.console import fail
 from diffusion_fast.models import MODELS, WeightsUnreachableError, check_weights
@@ -84,7 +84,7 @@ def options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
 
 
 MODEL_HELP = "See `diffusion-fast list`; or a folder in diffusers' format, or a hub id."
-measuring = options(
+conditions = options(
     click.option("--model", default="tiny", show_default=True, help=MODEL_HELP),
     click.option("--weights", default="auto", help="embedded, pretrained (from the hub), random, or a folder."),
     click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True),
@@ -95,6 +95,9 @@ measuring = options(
     click.option(
         "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the latents' noise."
     ),
+)
+measuring = options(
+    conditions,
     click.option(
         "--rounds",
         type=click.IntRange(1, 1000),
@@ -142,10 +145,13 @@ measuring = options(
     ),
     click.option("--no-track", is_flag=True, help="Measure into the spool alone; `sync` records it later."),
 )
-one_shape = options(
+shape = options(
     click.option("--batch-size", type=int, default=1, show_default=True, help="Images a call."),
     click.option("--height", type=Auto(click.INT), default="auto", help="Pixels."),
     click.option("--width", type=Auto(click.INT), default="auto", help="Pixels."),
+)
+one_shape = options(
+    shape,
     click.option(
         "--accuracy-prompts",
         type=Auto(click.INT),
@@ -161,8 +167,11 @@ one_shape = options(
         help="Keep what a rung compiled with its results, for --load-cache.",
     ),
 )
+with_names = click.option(
+    "--with", "names", default="", metavar="NAME,NAME", help="Optimizations; their order has no meaning."
+)
 one_recipe = options(
-    click.option("--with", "names", default="", metavar="NAME,NAME", help="Optimizations; their order has no meaning."),
+    with_names,
     click.option("--recipe", "recipe_name", default="", help="A rung of --ladder, as a start for --with."),
     click.option(
         "--ladder", "ladder_name", default="progressive", show_default=True, help="Where --recipe comes from."
@@ -327,6 +336,30 @@ def sensitivity(
     click.echo(output / pass_.FILE)
 
 
+@main.command()
+@click.argument("recipe_name", metavar="RECIPE", default="")
+@with_names
+@click.option("--ladder", "ladder_name", default="progressive", show_default=True, help="Where RECIPE comes from.")
+@shape
+@conditions
+def code(recipe_name: str, names: str, ladder_name: str, model: str, device: str, **chosen: Any) -> None:
+    """Print the plain diffusers script that a recipe amounts to. It runs without this package.
+
+    RECIPE is a rung of --ladder. With --device cuda it is printed for a GPU, which needn't be there.
+    """
+    with errors_exit():
+        found = plan.find_model(model)
+        where = plan.Device("cuda", "CUDA") if device == "cuda" else plan.find_device(device)
+        recipe, notes = _chosen_recipe(names, recipe_name, ladder_name, where, found)
+        (spec,) = plan.plan_ladder("code", (recipe,), found, where, _settings(**chosen)).rungs
+        text = script.write(found, spec)
+        if spec.weights != "pretrained":  # those it will fetch when it is run
+            check_weights(found, spec.weights)
+    for note in notes:
+        click.echo(f"Note: {note}.", err=True)
+    click.echo(text, nl=False)
+
+
 @main.command("sweep")
 @one_recipe
 @click.option("--batch-sizes", default="1,2,4,8,16", show_default=True, metavar="N,N", help="Images a call.")
@@ -404,14 +437,8 @@ def _measure(
     with ExitStack() as held:
         with errors_exit():
             found = plan.find_model(model)
-            chosen = plan.Settings(
-                weights=None if weights == "auto" else weights,
-                compile_mode=None if compile_mode == "auto" else compile_mode,
-                prompt=None if prompt == "auto" else prompt,
-                guidance_scale=guidance,
-                kept=read_kept(keep, found.name) if keep else (),
-                **settings,
-            )
+            kept = read_kept(keep, found.name) if keep else ()
+            chosen = _settings(weights, compile_mode, prompt, guidance, kept=kept, **settings)
             first = rounds if until is None else max(rounds, UNTIL_ROUNDS)
             if until is not None and max_rounds < first:
                 raise ValueError(f"--until plans {first} rounds, and --max-rounds {max_rounds} is less.")
@@ -449,6 +476,16 @@ def _measure(
         recorder = None if no_track else console.Recorder(folder, experiment, tracking_uri)
         asked = console.Rounds(first, until, max_rounds)
         console.climb(folder, only, timeout, cache_dir, recorder, asked, save_cache)
+
+
+def _settings(weights: str, compile_mode: str, prompt: str, guidance: float | None, **others: Any) -> plan.Settings:
+    return plan.Settings(
+        weights=None if weights == "auto" else weights,
+        compile_mode=None if compile_mode == "auto" else compile_mode,
+        prompt=None if prompt == "auto" else prompt,
+        guidance_scale=guidance,
+        **others,
+    )
 
 
 def _find_cache(wanted: str, tracking_uri: str | None, held: ExitStack) -> Path:

@@ -175,7 +175,25 @@ def _guided(steps: int) -> int:
     return max(1, round(GUIDED * steps))
 
 
-@optimization(stage="approximate", model_needs="unet", lossless=False, same_work=False, needs_guidance=True)
+@optimization(
+    stage="approximate",
+    model_needs="unet",
+    lossless=False,
+    same_work=False,
+    needs_guidance=True,
+    code=f"""
+def end_guidance(pipe, step, timestep, tensors):
+    if step != max(1, round({GUIDED} * pipe.num_timesteps)) - 1:
+        return {{}}
+    pipe._guidance_scale = 0.0
+    rows = 2 * tensors.pop("latents").shape[0]
+    return {{name: value.chunk(2)[1] for name, value in tensors.items() if value.shape[0] == rows}}
+
+
+tensors = [name for name in pipe._callback_tensor_inputs if not name.startswith("negative")]
+arguments |= {{"callback_on_step_end": end_guidance, "callback_on_step_end_tensor_inputs": tensors}}
+""",
+)
 def guidance_cutoff(build: Build) -> dict[str, Any]:
     """Guide the first half of the steps, and give the denoiser the prompt alone in the others: half the rows.
 
@@ -211,7 +229,17 @@ def guidance_cutoff(build: Build) -> dict[str, Any]:
     return {"guided_steps": guided, "steps": build.spec.steps}
 
 
-@optimization(stage="load", excludes=("vae_fp16_fix",), model_needs="tiny_vae_hub_id", lossless=False, same_work=False)
+@optimization(
+    stage="load",
+    excludes=("vae_fp16_fix",),
+    model_needs="tiny_vae_hub_id",
+    lossless=False,
+    same_work=False,
+    code="""
+from diffusers import AutoencoderTiny
+parts["vae"] = AutoencoderTiny.from_pretrained("$tiny_vae_hub_id", dtype=torch.$dtype)
+""",
+)
 def tiny_vae(build: Build) -> dict[str, Any]:
     """Decode by a small VAE that was distilled from the model's own: a few convolutions, no attention.
 

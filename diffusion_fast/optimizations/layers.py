@@ -14,7 +14,17 @@ from diffusion_fast import graphs
 from diffusion_fast.optimizations.registry import Build, optimization
 
 
-@optimization(stage="attention")
+@optimization(
+    stage="attention",
+    code="""
+from diffusers.models.attention_processor import AttnProcessor2_0
+for name, network in pipe.components.items():
+    if hasattr(network, "set_attn_processor"):
+        network.set_attn_processor(AttnProcessor2_0())
+    elif name.startswith("text_encoder"):
+        network.set_attn_implementation("sdpa")
+""",
+)
 def sdpa(build: Build) -> dict[str, Any]:
     """Compute attention by scaled_dot_product_attention: fused kernels that never write the score matrix out.
 
@@ -132,7 +142,13 @@ def _attention_seconds(kernel: str, layers: Iterable[tuple[Any, ...]]) -> dict[t
     return seconds
 
 
-@optimization(stage="layout")
+@optimization(
+    stage="layout",
+    code="""
+for network in (denoiser, pipe.vae):
+    network.to(memory_format=torch.channels_last)
+""",
+)
 def channels_last(build: Build) -> dict[str, Any]:
     """Store images channel by channel at each pixel (NHWC), the layout that cuDNN's tensor-core convolutions read.
 
@@ -159,7 +175,21 @@ def _is_channels_last(tensor: Any) -> bool:
     return bool(tensor.is_contiguous(memory_format=torch.channels_last))
 
 
-@optimization(stage="fuse", requires=("sdpa",), takes_adapters=False)
+@optimization(
+    stage="fuse",
+    requires=("sdpa",),
+    takes_adapters=False,
+    code="""
+from diffusers.models.attention_processor import Attention
+for network in (denoiser, pipe.vae):
+    layers = [module for module in network.modules() if isinstance(module, Attention)]
+    if layers:
+        network.fuse_qkv_projections()
+    for module in layers:  # diffusers keeps the separate layers beside the fused one
+        for name in ("to_k", "to_v") if module.is_cross_attention else ("to_q", "to_k", "to_v"):
+            delattr(module, name)
+""",
+)
 def fused_qkv(build: Build) -> dict[str, Any]:
     """Compute query, key and value by one matmul (key and value in cross-attention); the separate weights are freed.
 
@@ -183,7 +213,22 @@ def fused_qkv(build: Build) -> dict[str, Any]:
     return {"attention_layers": fused, "freed_parameters": freed}
 
 
-@optimization(stage="swap", imports=("torchao.quantization",))
+@optimization(
+    stage="swap",
+    imports=("torchao.quantization",),
+    code="""
+from torchao.quantization.quant_api import swap_conv2d_1x1_to_linear
+
+
+def small_1x1(module, *_):
+    is_1x1 = isinstance(module, torch.nn.Conv2d) and module.kernel_size == (1, 1)
+    return is_1x1 and 128 in (module.in_channels, module.out_channels)
+
+
+for network in (denoiser, pipe.vae):
+    swap_conv2d_1x1_to_linear(network, small_1x1)
+""",
+)
 def conv_as_linear(build: Build) -> dict[str, Any]:
     """Turn 1x1 convolutions with 128 input or output channels into linear layers, as diffusion-fast does.
 

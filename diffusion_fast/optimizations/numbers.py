@@ -8,7 +8,14 @@ from diffusion_fast.optimizations.registry import Build, optimization
 from diffusion_fast.spec import DTYPES
 
 
-@optimization(stage="load", devices=("cuda",))
+@optimization(
+    stage="load",
+    devices=("cuda",),
+    code="""
+torch.set_float32_matmul_precision("high")
+torch.backends.cudnn.allow_tf32 = True
+""",
+)
 def tf32(build: Build) -> dict[str, Any]:
     """Let fp32 matmuls and cuDNN convolutions round their inputs to TF32's 10 bits of mantissa.
 
@@ -21,7 +28,7 @@ def tf32(build: Build) -> dict[str, Any]:
     return {"matmul": torch.get_float32_matmul_precision(), "cudnn": torch.backends.cudnn.allow_tf32}
 
 
-@optimization(stage="load", excludes=("fp16",))
+@optimization(stage="load", excludes=("fp16",), code="dtype = torch.bfloat16")
 def bf16(build: Build) -> dict[str, Any]:
     """Run every network in bfloat16: fp32's range, 8 bits of mantissa, half the bytes."""
     return _set_dtype(build, "bf16")
@@ -32,6 +39,7 @@ def bf16(build: Build) -> dict[str, Any]:
     excludes=("bf16",),
     devices=("cuda",),
     requires_where=("fp16_vae_hub_id", ("vae_fp16_fix", "tiny_vae")),
+    code="dtype = torch.float16",
 )
 def fp16(build: Build) -> dict[str, Any]:
     """Run every network in float16: 11 bits of mantissa, half the bytes, overflows past 65504.
@@ -63,7 +71,14 @@ def _set_dtype(build: Build, name: str) -> dict[str, Any]:
     return {}
 
 
-@optimization(stage="load", model_needs="fp16_vae_hub_id")
+@optimization(
+    stage="load",
+    model_needs="fp16_vae_hub_id",
+    code="""
+from diffusers import AutoencoderKL
+parts["vae"] = AutoencoderKL.from_pretrained("$fp16_vae_hub_id", dtype=torch.$dtype)
+""",
+)
 def vae_fp16_fix(build: Build) -> dict[str, Any]:
     """Take the VAE that was fine-tuned to stay finite in float16, so that it needn't be upcast to fp32.
 
@@ -80,7 +95,7 @@ def vae_fp16_fix(build: Build) -> dict[str, Any]:
     return {}
 
 
-@optimization(stage="load", devices=("cuda",))
+@optimization(stage="load", devices=("cuda",), code="torch.backends.cudnn.benchmark = True")
 def cudnn_benchmark(build: Build) -> dict[str, Any]:
     """Let cuDNN time its algorithms for each convolution it meets, and take the fastest, instead of a heuristic's.
 

@@ -15,6 +15,40 @@ from diffusion_fast.optimizations.registry import Build, eight_bit_format, optim
     imports=("torchao.quantization",),
     lossless=False,
     takes_adapters=False,
+    code="""
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+rows = {}  # of each linear layer, seen in an eager step
+
+
+def note(module, inputs):
+    rows[module] = inputs[0].numel() // inputs[0].shape[-1]
+
+
+linears = [
+    module
+    for network in (denoiser, pipe.vae)
+    for module in network.modules()
+    if isinstance(module, torch.nn.Linear)
+]
+hooks = [module.register_forward_pre_hook(note) for module in linears]
+pipe(**arguments | {"num_inference_steps": $least_steps})
+for hook in hooks:
+    hook.remove()
+excluded = set($int8_excluded_shapes)
+
+
+def takes_int8(module, *_):
+    if not isinstance(module, torch.nn.Linear) or rows.get(module, 0) <= 16:
+        return False
+    if module.in_features <= 16 or module.in_features % 8 or module.out_features % 8:
+        return False
+    return (module.in_features, module.out_features) not in excluded
+
+
+for network in (denoiser, pipe.vae):
+    quantize_(network, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False), filter_fn=takes_int8)
+""",
 )
 def int8_dynamic(build: Build) -> dict[str, Any]:
     """Multiply in int8: weights scaled per channel beforehand, activations per row while it runs.

@@ -106,6 +106,9 @@ class Optimization:
     takes_adapters: bool = True  # False: layers are gone that a LoRA attached afterwards would have to change
     number_format: str = ""  # of eight_bits.py, to which it quantizes all linear layers but those that a run keeps
     needs_guidance: bool = False  # a guidance scale above 1
+    # What it amounts to in plain Python, see script.py: lines on `pipe`, `denoiser` and the call's `arguments`, in the
+    # stage `load` on `dtype` and `parts`; fields of model and spec behind a $. Empty: it takes code of this package.
+    code: str | Callable[[RunSpec], str] = ""
     same_work: bool = True  # False: leaves out some of the model's operations, so that single steps can't be compared
 
     @property
