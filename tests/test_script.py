@@ -22,7 +22,7 @@ from diffusion_fast.optimizations import OPTIMIZATIONS, compiles
 from diffusion_fast.pipeline import build_pipeline, call
 from diffusion_fast.spec import Model, Recipe, RunSpec
 from tests.conftest import CPU, H100
-from tests.miniatures import saved
+from tests.miniatures import NAMES, saved
 
 OURS = {
     *("feature_reuse", "feature_forecast", "persistent_reductions", "ahead_of_time", "cuda_graph", "attention_backend"),
@@ -125,6 +125,15 @@ def test_every_script_in_an_interpreter_of_its_own(
         monkeypatch.setenv(name, str(tmp_path / name))
     spec = planned(MODELS["tiny"], names)
     assert in_a_clean_interpreter(script.write(MODELS["tiny"], spec), tmp_path) == painted_by_the_rung(spec)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_script_paints_what_the_rung_paints_by_every_model(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = plan.find_model(str(saved(name, tmp_path)))
+    spec = planned(model, ("bf16", "sdpa"), height=64, width=64, steps=2)
+    assert painted_here(script.write(model, spec), tmp_path, monkeypatch) == painted_by_the_rung(spec)
 
 
 def test_a_folder_of_ones_own_with_parts_left_out_and_another_scheduler_and_vae(
