@@ -170,6 +170,7 @@ def test_random_weights_need_an_entry(sd15: Path) -> None:
     assert (done.exit_code, "my sd15 can't be built from random weights" in done.output) == (2, True)
 
 
+@pytest.mark.full
 def test_a_hub_id_in_the_cache_is_measured_offline_and_the_token_stays_a_secret(sd15: Path, tmp_path: Path) -> None:
     """The command line with real workers: of a model that is whole, and of one whose VAE is gone."""
     cached = tmp_path / "hub" / "models--somebody--private"
