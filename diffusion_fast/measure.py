@@ -15,6 +15,8 @@ import psutil
 import pynvml
 
 MIN_CALLS = 10
+MIN_CALLS_IN_ROUNDS = 5  # where at least MANY_ROUNDS are planned: processes differ by more than their calls do
+MANY_ROUNDS = 3
 MIN_SECONDS = 3.0
 MAX_WARMUP = 5
 AGREEMENT = 0.05  # two warm-up calls that differ by less are a steady state
@@ -49,11 +51,12 @@ def warm_up(function: Callable[[], Any], device: str) -> tuple[list[float], bool
     return seconds, False
 
 
-def samples(function: Callable[[], Any], device: str) -> tuple[list[float], list[Any]]:
-    """Seconds and values of at least 10 calls that together take at least 3 seconds."""
+def samples(function: Callable[[], Any], device: str, rounds: int = 1) -> tuple[list[float], list[Any]]:
+    """Seconds and values of at least 10 calls, 5 in each of three `rounds` or more, and of at least 3 seconds."""
+    least = MIN_CALLS if rounds < MANY_ROUNDS else MIN_CALLS_IN_ROUNDS
     seconds: list[float] = []
     values: list[Any] = []
-    while len(seconds) < MIN_CALLS or sum(seconds) < MIN_SECONDS:
+    while len(seconds) < least or sum(seconds) < MIN_SECONDS:
         second, value = timed(function, device)
         seconds.append(second)
         values.append(value)

@@ -63,6 +63,8 @@ def optimize(pipe: Any, *names: str, compile_mode: str = "default", example: Map
 
 def _model_of(pipe: Any) -> Model:
     """What optimizations ask of a model, of this pipeline: what is known of its class, and its own numbers."""
+    from diffusion_fast import chained
+
     kind = type(pipe).__name__
     denoiser = unlisted.denoiser_of(kind, (name for name, part in pipe.components.items() if part is not None))
     network = getattr(pipe, denoiser)
@@ -76,6 +78,7 @@ def _model_of(pipe: Any) -> Model:
         {each.name: None if each.default is each.empty else each.default for each in arguments},
         summary="your own",
         parameters=sum(parameter.numel() for parameter in network.parameters()),
+        chained_blocks=chained.longest(network),
     )
 
 

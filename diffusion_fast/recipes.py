@@ -38,7 +38,8 @@ NORMS = LAYOUT.plus("norms", "group_norm_kernels")
 ATTENTION = NORMS.plus("attention", "attention_backend")
 PERSISTENT = ATTENTION.plus("persistent", "persistent_reductions")
 GEGLU = PERSISTENT.plus("geglu", "fused_geglu")
-LOSSLESS = GEGLU.plus("prompt", "prompt_projections")
+PROMPT = GEGLU.plus("prompt", "prompt_projections")
+LOSSLESS = PROMPT.plus("add-norm", "fused_add_norm")
 FP8 = LOSSLESS.plus("fp8", "fp8_rows")
 INT8 = LOSSLESS.plus("int8", "int8_rows")
 # In fp8 convolutions lose too much: 8.8% of a step.
@@ -58,7 +59,7 @@ LADDERS: dict[str, tuple[Recipe, ...]] = {
     "progressive-modes": (*PROGRESSIVE, *DEFAULT_MODE),
     "fast": (
         *(BASELINE, DEFAULT_MODE[-1], REGIONAL, GRAPH, HOST, CUDNN, LAYOUT, NORMS, ATTENTION, PERSISTENT, GEGLU),
-        *(LOSSLESS, INT8, FP8, CONVOLUTIONS),
+        *(PROMPT, LOSSLESS, INT8, FP8, CONVOLUTIONS),
     ),
     "turbo": (
         PLAIN,

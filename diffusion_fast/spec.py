@@ -58,6 +58,7 @@ class Model(_Json):
     steps: int
     guidance_scale: float
     least_steps: int = 1  # that the pipeline can make
+    chained_blocks: int = 0  # transformer blocks in a row, at most, that have plain layer norms; 0: never two
     prompt: str = "ghibli style, a fantasy landscape with castles"  # diffusion-fast's own
     small_world: bool = False  # paints the scenes of world.py, so that what it paints can be judged
     outliers: bool = False  # a few channels are made much larger, as trained weights have them, see outliers.py

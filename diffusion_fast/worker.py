@@ -148,7 +148,7 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
     gc.collect()
     peak = measure.PeakMemory(spec.device)
     with watch:
-        samples_s, images = measure.samples(lambda: call(build), spec.device)
+        samples_s, images = measure.samples(lambda: call(build), spec.device, spec.planned_rounds)
     memory = peak.read()
     median, p10, p90 = measure.quantiles(samples_s)
     result = Result(

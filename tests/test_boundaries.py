@@ -95,7 +95,7 @@ def test_imports_go_one_way() -> None:
         f"diffusion_fast.{name}"
         for name in (
             "spec world models unlisted recipes inductor graphs ahead modules operators kernels norm_kernels gated "
-            "eight_bits norms projections optimizations.registry optimizations.numbers optimizations.layers "
+            "eight_bits norms projections chained optimizations.registry optimizations.numbers optimizations.layers "
             "optimizations.quantization optimizations.compilation optimizations.approximation optimizations plan "
             "script spool rows fidelity measure watch environment draw judge accuracy outliers pipeline own onestep "
             "roofline profile worker sensitivity launch saved_cache ladder stats check control sweep report view "

@@ -46,8 +46,11 @@ def test_short_calls_are_timed_for_three_seconds(clock: Callable[[list[float]], 
     assert values == list(range(1, 25))
 
 
-def test_long_calls_are_timed_ten_times(clock: Callable[[list[float]], Callable[[], int]]) -> None:
-    assert len(measure.samples(clock([5.0] * 20), "cpu")[0]) == 10
+@pytest.mark.parametrize(("rounds", "calls"), [(1, 10), (2, 10), (3, 5)])
+def test_long_calls_are_timed_ten_times_or_five_in_each_of_many_rounds(
+    rounds: int, calls: int, clock: Callable[[list[float]], Callable[[], int]]
+) -> None:
+    assert len(measure.samples(clock([5.0] * 20), "cpu", rounds)[0]) == calls
 
 
 def test_quantiles_of_a_known_distribution() -> None:

@@ -33,6 +33,7 @@ BESIDE = {
     "group_norm_kernels": ("channels_last",),
     "fused_qkv": ("sdpa",),
     "fused_geglu": ("bf16",),
+    "fused_add_norm": ("regional_compile",),
     "inductor_tuning": ("compile",),
     "prompt_projections": ("sdpa",),
     "int8_dynamic": ("bf16", "regional_compile"),

@@ -26,7 +26,14 @@ from tests.miniatures import NAMES, saved
 
 OURS = {
     *("feature_reuse", "feature_forecast", "persistent_reductions", "ahead_of_time", "cuda_graph", "attention_backend"),
-    *("fused_geglu", "no_layout_copies", "group_norm_kernels", "device_postprocessing", "prompt_projections"),
+    *(
+        "fused_geglu",
+        "fused_add_norm",
+        "no_layout_copies",
+        "group_norm_kernels",
+        "device_postprocessing",
+        "prompt_projections",
+    ),
     *("fp8_rows", "int8_rows", "fp8_convolutions", "int8_convolutions"),
 }
 EAGER = (

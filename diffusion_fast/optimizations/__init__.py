@@ -3,7 +3,7 @@
 registry.py       what an optimization is, and the pipeline in the making that it changes
 numbers.py        tf32, bf16, fp16, vae_fp16_fix, cudnn_benchmark
 layers.py         sdpa, attention_backend, channels_last, no_layout_copies, fused_qkv, conv_as_linear,
-                  group_norm_kernels, fused_geglu, device_postprocessing, prompt_projections
+                  group_norm_kernels, fused_geglu, fused_add_norm, device_postprocessing, prompt_projections
 quantization.py   int8_dynamic, fp8_rows, int8_rows, fp8_convolutions, int8_convolutions
 compilation.py    inductor_tuning, persistent_reductions, compile, regional_compile, ahead_of_time,
                   cuda_graph

@@ -84,8 +84,7 @@ def _whole_networks(build: Build) -> dict[str, Any]:
 
 
 MOST_GRAPHS = 32 * graphs.MOST  # SDXL has some 20 for each size and batch
-SAMPLING = ("Downsample2D", "Upsample2D")
-RESIDUAL = ("ResnetBlock2D", "NormedResnetBlock2D")
+BLOCKS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")  # beside those that diffusers says a model repeats
 
 
 @optimization(
@@ -99,8 +98,8 @@ for limit in ("recompile_limit", "accumulated_recompile_limit"):
     setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), {MOST_GRAPHS}))
 lists = [module for module in denoiser.children() if isinstance(module, torch.nn.ModuleList)]
 repeated = denoiser._repeated_blocks or [type(layer).__name__ for layers in lists for layer in layers]
-blocks = {{*repeated, *{RESIDUAL + SAMPLING!r}}}
-regions = [module for module in denoiser.modules() if type(module).__name__ in blocks]
+blocks = {{*repeated, *{BLOCKS!r}}}
+regions = [module for module in denoiser.modules() if blocks & {{kind.__name__ for kind in type(module).__mro__}}]
 for region in (*regions, pipe.vae.decoder):
     region.compile(fullgraph=True, dynamic=False, options=options)
 
@@ -190,8 +189,10 @@ def _regions(denoiser: Any) -> list[Any]:
 
     lists = [module for module in denoiser.children() if isinstance(module, ModuleList)]
     repeated = denoiser._repeated_blocks or [type(layer).__name__ for layers in lists for layer in layers]
-    blocks = {*repeated, *RESIDUAL, *SAMPLING}
-    found = [module for module in denoiser.modules() if type(module).__name__ in blocks]
+    blocks = {*repeated, *BLOCKS}
+    found = [
+        module for module in denoiser.modules() if blocks & {kind.__name__ for kind in type(module).__mro__}
+    ]  # a block with another forward of ours is one, too
     # An eight-bit layer is several kernels unless it is compiled, and some lie between the blocks.
     found += [module for module in _outside(denoiser, found) if type(module).__name__ in EIGHT_BITS]
     if not found:

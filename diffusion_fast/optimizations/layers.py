@@ -279,6 +279,26 @@ def fused_geglu(build: Build) -> dict[str, Any]:
     return {"feed_forwards": fused}
 
 
+# In a whole network that is compiled nothing lies between two blocks: there Inductor does it unasked.
+@optimization(
+    stage="fuse",
+    requires=("regional_compile",),
+    imports=("diffusion_fast.chained",),
+    model_needs="chained_blocks",
+)
+def fused_add_norm(build: Build) -> dict[str, Any]:
+    """Leave the sum at a transformer block's end to the next block, where it is one kernel with the first norm.
+
+    As engines for language models do, https://docs.vllm.ai/en/latest/api/vllm/ir/ops/ (fused_add_rms_norm).
+    """
+    from diffusion_fast import chained
+
+    left = chained.chain(build.denoiser)
+    if not left:
+        raise RuntimeError(f"fused_add_norm: {type(build.denoiser).__name__} has no plain transformer blocks in a row")
+    return {"sums": left}
+
+
 @optimization(stage="layout", requires=("channels_last",), model_needs="unet")
 def no_layout_copies(build: Build) -> dict[str, Any]:
     """Keep NHWC behind each transformer, where diffusers makes a copy in NCHW that the next convolution undoes.
