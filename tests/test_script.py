@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+import torchao.quantization.quant_api
 from click.testing import CliRunner
 from PIL import Image
 
 from diffusion_fast import plan, script
 from diffusion_fast.cli import main
 from diffusion_fast.models import MODELS
-from diffusion_fast.optimizations import OPTIMIZATIONS, compiles
+from diffusion_fast.optimizations import OPTIMIZATIONS, compiles, quantization
 from diffusion_fast.pipeline import build_pipeline, call
 from diffusion_fast.spec import Model, Recipe, RunSpec
 from tests.conftest import CPU, H100
@@ -41,6 +42,11 @@ EAGER = (
     ("bf16", "sdpa"),
     ("bf16", "sdpa", "fused_qkv"),
     ("guidance_cutoff",),
+    ("bf16", "upcast_vae", "vae_tiling"),
+    ("bf16", "int8_weight_only", "upcast_vae"),
+    ("bf16", "fp8_weight_only"),
+    ("bf16", "int4_weight_only"),
+    ("bf16", "layerwise_casting"),
     ("bf16", "sdpa", "channels_last", "fused_qkv", "conv_as_linear", "guidance_cutoff"),
 )
 COMPILED = (
@@ -63,12 +69,16 @@ def painted_by_the_rung(spec: RunSpec) -> list[bytes]:
         return [image.tobytes() for image in call(build_pipeline(spec, lambda stage: None)[0])]
 
 
-def painted_here(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
-    """By this interpreter: quicker than by one of its own, which is tested too."""
+def run_here(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The script's variables, after this interpreter: quicker than one of its own, which is tested too."""
     monkeypatch.chdir(folder)
     (folder / "script.py").write_text(text)
     with torch.no_grad():  # it turns gradients off, and this turns them on again
-        runpy.run_path("script.py")
+        return runpy.run_path("script.py")
+
+
+def painted_here(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    run_here(text, folder, monkeypatch)
     return pictures(folder)
 
 
@@ -116,7 +126,8 @@ def test_a_script_has_the_same_modules_compiled_with_the_same_options(
 
 
 def test_a_script_in_a_clean_interpreter_paints_the_same_batch(tmp_path: Path) -> None:
-    spec = planned(MODELS["tiny"], EAGER[-1], batch_size=2, prompt="a 'quoted' $prompt", guidance_scale=3.0)
+    names = (*EAGER[-1], "vae_slicing")
+    spec = planned(MODELS["tiny"], names, batch_size=2, prompt="a 'quoted' $prompt", guidance_scale=3.0)
     found = in_a_clean_interpreter(script.write(MODELS["tiny"], spec), tmp_path)
     assert len(found) == 2
     assert found == painted_by_the_rung(spec)
@@ -139,8 +150,79 @@ def test_a_script_paints_what_the_rung_paints_by_every_model(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = plan.find_model(str(saved(name, tmp_path)))
-    spec = planned(model, ("bf16", "sdpa"), height=64, width=64, steps=2)
+    wanted = ("bf16", "sdpa", "fused_qkv")
+    names = tuple(each for each in wanted if plan.applies(OPTIMIZATIONS[each], MODELS[name]))
+    spec = planned(model, names, height=64, width=64, steps=2)
     assert painted_here(script.write(model, spec), tmp_path, monkeypatch) == painted_by_the_rung(spec)
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("pixart-alpha", ("first_block_cache",)),
+        ("flux-dev", ("sdpa", "first_block_cache")),
+        ("pixart-alpha", ("pyramid_attention_broadcast",)),
+        ("flux-dev", ("sdpa", "pyramid_attention_broadcast")),
+        ("sana", ("sdpa", "vae_tiling", "int8_weight_only", "bf16")),
+        ("sd3.5-medium", ("sdpa", "layerwise_casting", "bf16")),
+    ],
+)
+def test_a_transformers_script_skips_and_stores_what_the_rung_does(
+    name: str, names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = 128 if "vae_tiling" in names else 64  # a tile has four latents, of 32 pixels in Sana
+    model = plan.find_model(str(saved(name, tmp_path)))
+    spec, plain = (planned(model, each, height=pixels, width=pixels, steps=6) for each in (names, ("sdpa",)))
+    painted = painted_here(script.write(model, spec), tmp_path, monkeypatch)
+    assert painted == painted_by_the_rung(spec) != painted_by_the_rung(plain)
+
+
+@pytest.mark.parametrize("optimization", ["int8_dynamic", "fp8_dynamic", "fp8_dynamic_tensor"])
+@pytest.mark.parametrize("least", [8, 18, 1e6])
+@pytest.mark.parametrize("name", ["tiny", "pixart-alpha"])
+def test_a_script_gives_torchao_the_layers_that_the_rung_gives_it(
+    name: str, least: float, optimization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those with enough to compute, where some have, and else all that it can multiply."""
+    monkeypatch.setitem(quantization.LEAST_INTENSITY, "cpu", least)
+    monkeypatch.setattr(torchao.quantization.quant_api, "_check_hardware_support", lambda granularities: None)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    model = MODELS["tiny"] if name == "tiny" else plan.find_model(str(saved(name, tmp_path)))
+    spec = planned(model, ("bf16", "sdpa", "compile"), height=64, width=64, steps=2)
+    spec = replace(spec, optimizations=("bf16", "sdpa", optimization, "compile"))  # which a CPU isn't planned for
+    with torch.no_grad():
+        expected = quantized(build_pipeline(spec, lambda stage: None)[0].pipe)
+    assert quantized(run_here(script.write(model, spec), tmp_path, monkeypatch)["pipe"]) == expected
+    assert expected
+
+
+def test_a_script_leaves_the_shapes_alone_that_a_model_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    model = replace(MODELS["tiny"], int8_excluded_shapes=((128, 128), (64, 512)))
+    spec = planned(model, ("bf16", "sdpa", "compile", "int8_dynamic"), height=64, width=64, steps=1)
+    with torch.no_grad():
+        expected = quantized(build_pipeline(spec, lambda stage: None)[0].pipe)
+    assert quantized(run_here(script.write(model, spec), tmp_path, monkeypatch)["pipe"]) == expected != set()
+
+
+def quantized(pipe: Any) -> set[str]:
+    """The linear layers whose weights torchao has made its own, by their names."""
+    return {
+        f"{part} {name}"
+        for part, network in pipe.components.items()
+        if isinstance(network, torch.nn.Module)
+        for name, module in network.named_modules()
+        if isinstance(module, torch.nn.Linear) and type(module.weight.data).__module__.startswith("torchao")
+    }
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "sd3.5-medium", "sana"])
+def test_attention_that_this_package_writes_out_is_refused_by_name(name: str) -> None:
+    model = MODELS[name]
+    reason = f"{name} can't be printed without sdpa: attention that is written out is code of this package"
+    with pytest.raises(ValueError, match=reason):
+        script.write(model, planned(model, ("bf16",), weights="pretrained"))
+    assert "_pack_latents" in script.write(model, planned(model, ("bf16", "sdpa"), weights="pretrained"))
 
 
 def test_a_folder_of_ones_own_with_parts_left_out_and_another_scheduler_and_vae(
