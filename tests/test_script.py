@@ -19,7 +19,7 @@ from PIL import Image
 from diffusion_fast import plan, script
 from diffusion_fast.cli import main
 from diffusion_fast.models import MODELS
-from diffusion_fast.optimizations import OPTIMIZATIONS, compiles, quantization
+from diffusion_fast.optimizations import OPTIMIZATIONS, approximation, compiles, quantization
 from diffusion_fast.pipeline import build_pipeline, call
 from diffusion_fast.spec import Model, Recipe, RunSpec
 from tests.conftest import CPU, H100
@@ -42,10 +42,9 @@ EAGER = (
     ("bf16", "sdpa"),
     ("bf16", "sdpa", "fused_qkv"),
     ("guidance_cutoff",),
-    ("bf16", "upcast_vae", "vae_tiling"),
     ("bf16", "int8_weight_only", "upcast_vae"),
+    ("bf16", "int4_weight_only", "vae_tiling"),
     ("bf16", "fp8_weight_only"),
-    ("bf16", "int4_weight_only"),
     ("bf16", "layerwise_casting"),
     ("bf16", "sdpa", "channels_last", "fused_qkv", "conv_as_linear", "guidance_cutoff"),
 )
@@ -160,28 +159,37 @@ def test_a_script_paints_what_the_rung_paints_by_every_model(
     ("name", "names"),
     [
         ("pixart-alpha", ("first_block_cache",)),
-        ("flux-dev", ("sdpa", "first_block_cache")),
-        ("pixart-alpha", ("pyramid_attention_broadcast",)),
         ("flux-dev", ("sdpa", "pyramid_attention_broadcast")),
-        ("sana", ("sdpa", "vae_tiling", "int8_weight_only", "bf16")),
-        ("sd3.5-medium", ("sdpa", "layerwise_casting", "bf16")),
+        ("sana", ("bf16", "sdpa", "int8_weight_only", "vae_tiling")),
+        ("sd3.5-medium", ("bf16", "sdpa", "layerwise_casting")),
     ],
 )
 def test_a_transformers_script_skips_and_stores_what_the_rung_does(
     name: str, names: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pixels = 128 if "vae_tiling" in names else 64  # a tile has four latents, of 32 pixels in Sana
+    pixels = 256 if "vae_tiling" in names else 64  # a tile has four latents at least, of 32 pixels in Sana
     model = plan.find_model(str(saved(name, tmp_path)))
-    spec, plain = (planned(model, each, height=pixels, width=pixels, steps=6) for each in (names, ("sdpa",)))
-    painted = painted_here(script.write(model, spec), tmp_path, monkeypatch)
+    without = tuple({*names, "sdpa"} - {names[-1]})
+    spec, plain = (planned(model, each, height=pixels, width=pixels, steps=5) for each in (names, without))
+    monkeypatch.setattr(approximation, "FIRST_BLOCK_CHANGE", 10.0)  # else too large in random networks
+    text = script.write(model, spec).replace("threshold=0.05", "threshold=10.0")
+    painted = painted_here(text, tmp_path, monkeypatch)
     assert painted == painted_by_the_rung(spec) != painted_by_the_rung(plain)
 
 
-@pytest.mark.parametrize("optimization", ["int8_dynamic", "fp8_dynamic", "fp8_dynamic_tensor"])
-@pytest.mark.parametrize("least", [8, 18, 1e6])
-@pytest.mark.parametrize("name", ["tiny", "pixart-alpha"])
+@pytest.mark.parametrize(
+    ("name", "optimization", "least"),
+    [
+        ("tiny", "int8_dynamic", 8),
+        ("tiny", "fp8_dynamic_tensor", 18),
+        ("pixart-alpha", "int8_dynamic", 8),
+        ("pixart-alpha", "int8_dynamic", 18),
+        ("pixart-alpha", "int8_dynamic", 1e6),
+        ("pixart-alpha", "fp8_dynamic", 18),
+    ],
+)
 def test_a_script_gives_torchao_the_layers_that_the_rung_gives_it(
-    name: str, least: float, optimization: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, optimization: str, least: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those with enough to compute, where some have, and else all that it can multiply."""
     monkeypatch.setitem(quantization.LEAST_INTENSITY, "cpu", least)
