@@ -11,16 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
+from diffusion_fast import chained, plan, spool, unlisted
 from diffusion_fast import ladder as climbing
-from diffusion_fast import plan, spool, unlisted
 from diffusion_fast.cli import main
-from diffusion_fast.models import MODELS, WEIGHTS_FILE, WeightsUnreachableError, check_weights, model_of
-from diffusion_fast.pipeline import build_pipeline, call
-from diffusion_fast.spec import Ladder, Recipe, Result, RunSpec
+from diffusion_fast.models import MODELS, PACKAGE, WEIGHTS_FILE, WeightsUnreachableError, check_weights, model_of
+from diffusion_fast.optimizations import OPTIMIZATIONS
+from diffusion_fast.pipeline import _from_config, build_pipeline, call
+from diffusion_fast.spec import Ladder, Model, Recipe, Result, RunSpec
 from tests.conftest import CPU, planned
-from tests.miniatures import saved
+from tests.miniatures import NAMES, saved
 
 TOKEN = "hf_a-marker-that-nobody-may-see"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -64,6 +66,59 @@ def test_a_transformer_is_found_by_its_attribute_and_keeps_what_its_class_needs(
     assert call(build)[0].size == (64, 64)
     with pytest.raises(ValueError, match="feature_reuse can't be applied to my pixart-alpha: it has no unet"):
         plan.plan_recipe(model, Recipe("mine", ("feature_reuse",)), CPU)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_known_of_a_class_is_so_of_a_folder_of_it(name: str, tmp_path: Path) -> None:
+    """No weights are read, so that there are none here: the configs are the entry's, at full size."""
+    entry, found = MODELS[name], described(name, tmp_path)
+    same = ("denoiser", "height", "width", "guidance", "multiple", "lacks", "written_out", "cacheable_blocks")
+    for field in (*same, "least_steps", "chained_blocks"):
+        assert getattr(found, field) == getattr(entry, field), field
+    applying = {each for each, known in OPTIMIZATIONS.items() if plan.applies(known, entry)}
+    assert {each for each, known in OPTIMIZATIONS.items() if plan.applies(known, found)} == applying - {
+        *("vae_fp16_fix", "tiny_vae")  # networks that nobody names here
+    }
+
+
+def described(name: str, folder: Path) -> Model:
+    """What is said of the configs of `name`, in diffusers' format."""
+    entry = MODELS[name]
+    for part in (entry.denoiser, "vae"):
+        (folder / part).mkdir()
+        shutil.copy(PACKAGE / "configs" / entry.configs / f"{part}.json", folder / part / "config.json")
+    parts = {part: ["diffusers", "AnyClass"] for part in (entry.denoiser, "vae")}
+    (folder / unlisted.INDEX).write_text(json.dumps({"_class_name": entry.pipeline} | parts))
+    return plan.find_model(str(folder))
+
+
+def test_a_transformer_of_an_unknown_class_is_taken_for_one_without_vanilla_attention() -> None:
+    kind = "AuraFlowPipeline"
+    defaults, more = unlisted.call_defaults(kind), {"summary": "", "parameters": 0}
+    model = unlisted.describe("mine", kind, "transformer", {"sample_size": 64}, 8, defaults, **more)
+    with pytest.raises(ValueError, match="compile requires sdpa on mine: add sdpa"):
+        plan.plan_recipe(model, Recipe("mine", ("bf16", "compile")), CPU)
+    assert plan.plan_recipe(model, Recipe("mine", ("bf16", "sdpa", "compile")), CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("sdxl", {}),
+        ("ssd-1b", {}),
+        ("sd15", {}),
+        ("sd15", {"transformer_layers_per_block": 3}),
+        ("sd15", {"transformer_layers_per_block": [5, 2, 1, 9]}),  # its last level has no attention, but its middle
+        ("sd15", {"transformer_layers_per_block": [5, 2, 1, 9], "mid_block_type": None}),
+        ("sd15", {"transformer_layers_per_block": 2, "dual_cross_attention": True}),
+        ("sd15", {"transformer_layers_per_block": 2, "attention_type": "gated"}),
+    ],
+)
+def test_blocks_in_a_row_are_counted_as_in_the_network(name: str, changes: dict[str, Any]) -> None:
+    config = json.loads((PACKAGE / "configs" / MODELS[name].configs / "unet.json").read_text()) | changes
+    with torch.device("meta"):
+        network = _from_config(config)
+    assert unlisted._chained_blocks(config) == chained.longest(network)
 
 
 @pytest.mark.parametrize(
