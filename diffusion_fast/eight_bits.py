@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from diffusers.models.activations import GEGLU
-from diffusers.models.attention import FeedForward
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 
 from diffusion_fast import operators
 from diffusion_fast.gated import GatedLinear
@@ -28,10 +29,14 @@ class RowwiseLinear(torch.nn.Module):
     weight_scale: torch.Tensor  # (1, out_features)
     bias: torch.Tensor | None
 
-    def __init__(self, linear: torch.nn.Linear, number_format: torch.dtype) -> None:
+    def __init__(
+        self, linear: torch.nn.Linear, number_format: torch.dtype, divided: torch.Tensor | None = None
+    ) -> None:
+        """`divided` (in_features,): what the input is divided by before it comes here."""
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        weight, scale = operators.quantize_rows(linear.weight.detach(), number_format)
+        weight = linear.weight.detach()
+        weight, scale = operators.quantize_rows(weight if divided is None else weight * divided, number_format)
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale.reshape(1, -1))
         self.register_buffer("bias", None if linear.bias is None else linear.bias.detach())
@@ -42,18 +47,34 @@ class RowwiseLinear(torch.nn.Module):
         q, scale = operators.quantized_rows(x.float(), self.weight.dtype)
         return self.multiply(q, scale, x.dtype)
 
-    def multiply(self, q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """An input that is quantized already: q (..., in_features), scale (rows, 1)."""
+    def multiply(self, q: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """An input that is quantized already: q (..., in_features), scale (rows, 1) or None."""
         made: torch.Tensor = operators.scaled_matmul(q, self.weight, scale, self.weight_scale, self.bias, dtype)
         return made
 
 
 class RowwiseGatedLinear(RowwiseLinear):
-    """A GatedLinear with such scales: its output is hidden * gelu(gate), half of its out_features."""
+    """A GatedLinear with such scales: its output is hidden * gelu(gate), half of its out_features.
 
-    def multiply(self, q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """An input that is quantized already: q (..., in_features), scale (rows, 1)."""
-        made: torch.Tensor = operators.scaled_matmul_geglu(q, self.weight, scale, self.weight_scale, self.bias, dtype)
+    Where `limits` says how large these can become, the output is in eight bits and needs no scale: each column is
+    divided by what makes its limit fit.
+    """
+
+    def __init__(self, linear: torch.nn.Linear, number_format: torch.dtype, limits: torch.Tensor | None = None) -> None:
+        """`limits` (out_features / 2,), see `gated_limits`."""
+        super().__init__(linear, number_format)
+        self.out_dtype = None if limits is None else number_format
+        if limits is not None:
+            # Hidden is linear in these, and gate stays what it is.
+            shrunk = operators.in_turns(torch.cat([1 / room_for(limits, number_format), torch.ones_like(limits)]))
+            self.weight_scale *= shrunk
+            if self.bias is not None:
+                self.bias = self.bias * shrunk
+
+    def multiply(self, q: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+        """An input that is quantized already: q (..., in_features), scale (rows, 1) or None."""
+        given = q, self.weight, scale, self.weight_scale, self.bias
+        made: torch.Tensor = operators.scaled_matmul_geglu(*given, self.out_dtype or dtype)
         return made
 
 
@@ -61,7 +82,7 @@ class RowwiseFeedForward(torch.nn.Module):
     """A transformer's feed-forward of two RowwiseLinear, GEGLU and the second one's quantization as one kernel.
 
     Inductor would read GEGLU's input twice: once for the rows' scales, and again to quantize. Where the first one has
-    done GEGLU already, quantization is left, and would read twice as well.
+    done GEGLU already, quantization is left, and would read twice as well; nothing is where it has done that, too.
     """
 
     def __init__(self, first: RowwiseLinear, second: RowwiseLinear) -> None:
@@ -70,9 +91,11 @@ class RowwiseFeedForward(torch.nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states: (..., features), as the feed-forward that it stands for."""
+        made, dtype = self.first(hidden_states), self.second.weight.dtype
+        if made.dtype == dtype:
+            return self.second.multiply(made, None, hidden_states.dtype)
         done = isinstance(self.first, RowwiseGatedLinear)
-        quantize_rows = operators.quantize_rows if done else operators.geglu_quantize_rows
-        q, scale = quantize_rows(self.first(hidden_states), self.second.weight.dtype)
+        q, scale = (operators.quantize_rows if done else operators.geglu_quantize_rows)(made, dtype)
         return self.second.multiply(q, scale, hidden_states.dtype)
 
 
@@ -136,21 +159,71 @@ def rowwise(linear: torch.nn.Linear, number_format: torch.dtype) -> RowwiseLinea
     return (RowwiseGatedLinear if isinstance(linear, GatedLinear) else RowwiseLinear)(linear, number_format)
 
 
-def quantize(network: Any, chosen: set[torch.nn.Linear], number_format: torch.dtype) -> int:
-    """Put eight-bit layers in the place of `chosen` linears. Returns how many feed-forwards became one kernel fewer."""
-    replace_modules(network, lambda module: rowwise(module, number_format) if module in chosen else None)
+SLACK = 1.25  # both factors of a product are quantized, and may grow by a sixteenth each
 
-    def make(module: Any) -> Any:
+
+def room_for(limits: torch.Tensor, number_format: torch.dtype) -> torch.Tensor:
+    """What numbers with such limits have to be divided by to fit into the format."""
+    return (SLACK * limits / operators.largest(number_format)).clamp(min=operators.SMALLEST_SCALE)
+
+
+def gated_limits(norm: torch.nn.LayerNorm, linear: GatedLinear) -> torch.Tensor:
+    """How large each number of hidden * gelu(gate) can become behind a layer norm, whatever is normalized.
+
+    A normalized row of n numbers is no longer than sqrt(n), so that no product with it is larger than sqrt(n) times the
+    length of the other factor (Cauchy–Schwarz); and |gelu(x)| <= |x|. Returns (out_features / 2,) in fp32. Numbers come
+    nowhere near, but fp8 is as precise for those that are smaller, down to the 20,000th part of the limit.
+    """
+    weight = linear.weight.detach().float()
+    shift = torch.zeros(len(weight), device=weight.device) if linear.bias is None else linear.bias.detach().float()
+    if norm.bias is not None:
+        shift = shift + weight @ norm.bias.detach().float()
+    if norm.weight is not None:
+        weight = weight * norm.weight.detach().float()
+    reach = math.sqrt(linear.in_features) * weight.norm(dim=1) + shift.abs()
+    hidden, gate = reach.unflatten(0, (-1, 2, operators.TOGETHER)).unbind(1)
+    return torch.flatten(hidden * gate)
+
+
+def quantize(network: Any, chosen: set[torch.nn.Linear], number_format: torch.dtype) -> dict[str, int]:
+    """Put eight-bit layers in the place of `chosen` linears. Returns how many feed-forwards became fewer kernels.
+
+    In fp8, behind a layer norm, these quantize where they multiply (`gated_limits`): its numbers keep their precision
+    over 15 powers of two. In int8 each row needs the scale that fits it.
+    """
+    made: dict[Any, RowwiseLinear] = {}
+    for block in network.modules() if number_format.is_floating_point else ():
+        layers = _both_layers(block.ff) if _norm_before(block) else None
+        if layers and chosen.issuperset(layers) and isinstance(layers[0], GatedLinear):
+            limits = gated_limits(block.norm3, layers[0])
+            made[layers[0]] = RowwiseGatedLinear(layers[0], number_format, limits)
+            made[layers[1]] = RowwiseLinear(layers[1], number_format, room_for(limits, number_format))
+    made |= {linear: rowwise(linear, number_format) for linear in chosen if linear not in made}
+    replace_modules(network, made.get)
+
+    def fuse(module: Any) -> Any:
         layers = _both_layers(module) if isinstance(module, FeedForward) else None
-        return RowwiseFeedForward(*layers) if layers else None
+        return (
+            RowwiseFeedForward(*layers) if layers and all(isinstance(each, RowwiseLinear) for each in layers) else None
+        )
 
-    return replace_modules(network, make)
+    fused = replace_modules(network, fuse)
+    limited = sum(isinstance(layer, RowwiseGatedLinear) and layer.out_dtype is not None for layer in made.values())
+    return {"fused_feed_forwards": fused, "limited_feed_forwards": limited}
 
 
-def _both_layers(feed_forward: FeedForward) -> tuple[RowwiseLinear, RowwiseLinear] | None:
-    """The layers around GEGLU, where both were quantized and nothing else is there."""
+def _norm_before(block: Any) -> bool:
+    """Whether what a block's feed-forward is given is a plain layer norm's."""
+    return (
+        isinstance(block, BasicTransformerBlock)
+        and block.norm_type == "layer_norm"
+        and isinstance(block.norm3, torch.nn.LayerNorm)
+    )
+
+
+def _both_layers(feed_forward: FeedForward) -> tuple[Any, Any] | None:
+    """The layers around GEGLU, where nothing else is there."""
     gate, *others = [layer for layer in feed_forward.net if not isinstance(layer, torch.nn.Dropout)]
     if not isinstance(gate, GEGLU) or len(others) != 1:
         return None
-    first, second = gate.proj, others[0]
-    return (first, second) if isinstance(first, RowwiseLinear) and isinstance(second, RowwiseLinear) else None
+    return gate.proj, others[0]

@@ -4,6 +4,7 @@ Importing this module has CUDA tensors go to them. `launch_NAME` starts the kern
 for the device, but for the first call of a shape that is autotuned.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -331,10 +332,22 @@ def _check_rows(w: torch.Tensor) -> None:
         raise ValueError(f"a product of rows of {size} bytes: they have to be a multiple of 16")
 
 
+@functools.cache
+def _ones(rows: int, device: torch.device) -> torch.Tensor:
+    """Kept, so that filling them isn't a launch in each step."""
+    with torch.inference_mode(False):
+        return torch.ones((rows, 1), device=device)
+
+
+def _scales(q: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """A scale for each row of q, also where its numbers are what they are."""
+    return _ones(q.shape[:-1].numel(), q.device) if scale is None else scale.contiguous()
+
+
 def launch_scaled_matmul(
     q: torch.Tensor,
     w: torch.Tensor,
-    scale_q: torch.Tensor,
+    scale_q: torch.Tensor | None,
     scale_w: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
@@ -346,7 +359,9 @@ def launch_scaled_matmul(
         # CUTLASS's row-wise kernel. It writes bf16 only, with a bias in bf16, and wants w by columns.
         bias = None if bias is None else bias.to(torch.bfloat16)
         flat = q.reshape(-1, q.shape[-1])
-        made = torch._scaled_mm(flat, w.t(), scale_q, scale_w, bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+        made = torch._scaled_mm(
+            flat, w.t(), _scales(q, scale_q), scale_w, bias, out_dtype=torch.bfloat16, use_fast_accum=True
+        )
         return made.reshape(*q.shape[:-1], columns)
     return launch_triton_matmul(q, w, scale_q, scale_w, bias, out_dtype)
 
@@ -354,7 +369,7 @@ def launch_scaled_matmul(
 def launch_triton_matmul(
     q: torch.Tensor,
     w: torch.Tensor,
-    scale_q: torch.Tensor,
+    scale_q: torch.Tensor | None,
     scale_w: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
@@ -371,7 +386,7 @@ def launch_triton_matmul(
             return (triton.cdiv(len(flat), chosen["FIRST"]) * triton.cdiv(columns, chosen["SECOND"]),)
 
         _matmul_kernel[programs](
-            _described(flat), _described(w.contiguous()), scale_q.contiguous(), scale_w.contiguous(), bias, out,
+            _described(flat), _described(w.contiguous()), _scales(q, scale_q), scale_w.contiguous(), bias, out,
             len(flat), columns, depth, INTEGER=q.dtype == torch.int8, BIASED=bias is not None,
         )  # fmt: skip
     return out
@@ -485,14 +500,14 @@ def launch_linear_geglu(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | N
 def launch_scaled_matmul_geglu(
     q: torch.Tensor,
     w: torch.Tensor,
-    scale_q: torch.Tensor,
+    scale_q: torch.Tensor | None,
     scale_w: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """`scaled_matmul_geglu` by its Triton kernel. ValueError where the copy engine can't read the rows."""
     check_scaled_geglu(q, w, scale_q, scale_w, bias)
-    return _launch_geglu(q, w, scale_q, scale_w, bias, out_dtype)
+    return _launch_geglu(q, w, _scales(q, scale_q), scale_w, bias, out_dtype)
 
 
 linear_geglu.register_kernel("cuda")(launch_linear_geglu)

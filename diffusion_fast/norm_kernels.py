@@ -134,7 +134,7 @@ def _group_norm_statistics_kernel(
     if BIASED:
         means += tl.load(x_bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     if EMBEDDED:
-        means += tl.load(embedding_ptr + image * CHANNELS + channel, mask=inside, other=0.0).to(tl.float32)
+        means += tl.load(embedding_ptr + image * EMBEDDED + channel, mask=inside, other=0.0).to(tl.float32)
 
     # From channels to groups: which lane is in which.
     group = tl.arange(0, GROUPS)
@@ -178,7 +178,7 @@ def _affine(
     if BIASED:
         shift += tl.load(x_bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     if EMBEDDED:
-        shift += tl.load(embedding_ptr + image * CHANNELS + channel, mask=inside, other=0.0).to(tl.float32)
+        shift += tl.load(embedding_ptr + image * EMBEDDED + channel, mask=inside, other=0.0).to(tl.float32)
     scale *= tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     return scale, shift * scale + tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
 
@@ -315,7 +315,7 @@ class Work:
     pixels: int
     part: int
     grid: tuple[int, int, int]  # spans, parts, images
-    constants: dict[str, Any]
+    constants: dict[str, Any]  # EMBEDDED: from an image's embedding to the next one's; 0: there is none
     tiles: dict[str, int]  # constants of those that go through the pixels
 
 
@@ -326,14 +326,16 @@ def _work(
     shape = spans(channels, groups)
     count, part, rows = parts(images, pixels, shape, resident * _multiprocessors(x.device))
     lanes = triton.next_power_of_2(shape.groups)
+    if embedding is not None and embedding.stride(1) != 1:
+        embedding = embedding.contiguous()
     constants = {
         "CHANNELS": channels, "WIDTH": shape.width, "PER_GROUP": channels // groups, "BLOCK": shape.block,
-        "GROUPS": lanes, "BIASED": x_bias is not None, "EMBEDDED": embedding is not None,
+        "GROUPS": lanes, "BIASED": x_bias is not None, "EMBEDDED": 0 if embedding is None else embedding.stride(0),
     }  # fmt: skip
     return Work(
         channels_last(x),
         None if x_bias is None else x_bias.contiguous(),
-        None if embedding is None else embedding.contiguous(),
+        embedding,
         torch.empty((images, shape.count, count, 2, lanes), dtype=torch.float32, device=x.device),
         pixels,
         part,

@@ -117,13 +117,14 @@ def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, dty
 
 
 def check_matmul(
-    q: torch.Tensor, w: torch.Tensor, scale_q: torch.Tensor, scale_w: torch.Tensor, bias: torch.Tensor | None
+    q: torch.Tensor, w: torch.Tensor, scale_q: torch.Tensor | None, scale_w: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
     if q.dtype != w.dtype or q.dtype not in LARGEST:
         raise ValueError(f"a product of {q.dtype} and {w.dtype}: both have to be {' or both '.join(map(str, LARGEST))}")
     if w.ndim != 2 or q.shape[-1] != w.shape[1]:
         raise ValueError(f"a product of {tuple(q.shape)} by {tuple(w.shape)}: rows of both have to be equally long")
-    check_length("scale_q", scale_q, q.shape[:-1].numel())
+    if scale_q is not None:
+        check_length("scale_q", scale_q, q.shape[:-1].numel())
     check_length("scale_w", scale_w, w.shape[0])
     if bias is not None:
         check_length("the bias", bias, w.shape[0])
@@ -133,7 +134,7 @@ def check_matmul(
 def scaled_matmul(
     q: torch.Tensor,
     w: torch.Tensor,
-    scale_q: torch.Tensor,
+    scale_q: torch.Tensor | None,
     scale_w: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
@@ -141,13 +142,15 @@ def scaled_matmul(
     """A linear layer of quantized rows and weights: q (..., in), w (out, in) → (..., out) in `out_dtype`.
 
     q and w are both torch.float8_e4m3fn or both torch.int8 (else ValueError), w by rows as torch.nn.Linear has it;
-    scale_q (rows, 1) and scale_w (1, out) in fp32, bias (out,) or None. What is accumulated (int32, exact; for fp8
-    fp32) is scaled before it is written: (q @ w.T) * scale_q * scale_w + bias. On a GPU `in` is a multiple of 16, the
-    number of rows any.
+    scale_q (rows, 1) and scale_w (1, out) in fp32, bias (out,) or None; a scale_q of None is that of a q whose numbers
+    are what they are. What is accumulated (int32, exact; for fp8 fp32) is scaled before it is written:
+    (q @ w.T) * scale_q * scale_w + bias. On a GPU `in` is a multiple of 16, the number of rows any.
     """
     check_matmul(q, w, scale_q, scale_w, bias)
     wide = torch.float64 if q.dtype == torch.int8 else torch.float32  # exact for integers, and faster than int32
-    product = (q.reshape(-1, q.shape[-1]).to(wide) @ w.to(wide).t()).float() * scale_q * scale_w
+    product = (q.reshape(-1, q.shape[-1]).to(wide) @ w.to(wide).t()).float()
+    for scale in (scale_q, scale_w):
+        product *= 1 if scale is None else scale
     if bias is not None:
         product += bias.float()
     return product.to(out_dtype).reshape(*q.shape[:-1], len(w))
@@ -157,7 +160,7 @@ def scaled_matmul(
 def _(
     q: torch.Tensor,
     w: torch.Tensor,
-    scale_q: torch.Tensor,
+    scale_q: torch.Tensor | None,
     scale_w: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
@@ -195,7 +198,7 @@ def check_linear_geglu(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | No
 
 
 def check_scaled_geglu(
-    q: torch.Tensor, w: torch.Tensor, scale_q: torch.Tensor, scale_w: torch.Tensor, bias: torch.Tensor | None
+    q: torch.Tensor, w: torch.Tensor, scale_q: torch.Tensor | None, scale_w: torch.Tensor, bias: torch.Tensor | None
 ) -> None:
     check_matmul(q, w, scale_q, scale_w, bias)
     check_turns(w.shape[0])
@@ -235,14 +238,15 @@ def _(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tens
 def scaled_matmul_geglu(
     q: torch.Tensor,
     w: torch.Tensor,
-    scale_q: torch.Tensor,
+    scale_q: torch.Tensor | None,
     scale_w: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """`linear_geglu` of quantized rows and weights: as `scaled_matmul`, then GEGLU: (..., inner) in `out_dtype`.
 
-    w (2 * inner, in), scale_w (1, 2 * inner) and bias are in turns (`in_turns`). Nothing is rounded in between.
+    w (2 * inner, in), scale_w (1, 2 * inner) and bias are in turns (`in_turns`). Nothing is rounded in between. An
+    `out_dtype` of torch.float8_e4m3fn is for scales that leave nothing beyond 448.
     """
     check_scaled_geglu(q, w, scale_q, scale_w, bias)
     return gated_in_turns(scaled_matmul(q, w, scale_q, scale_w, bias, torch.float32)).to(out_dtype)
@@ -252,7 +256,7 @@ def scaled_matmul_geglu(
 def _(
     q: torch.Tensor,
     w: torch.Tensor,
-    scale_q: torch.Tensor,
+    scale_q: torch.Tensor | None,
     scale_w: torch.Tensor,
     bias: torch.Tensor | None,
     out_dtype: torch.dtype,

@@ -1,4 +1,7 @@
-"""Layers of a denoiser that are given the prompt alone, and what they made of it: the same in every step of a call."""
+"""Layers of a denoiser that are given the same as others: what they make of it is computed at one place, for all.
+
+Of the prompt that is once a call (PromptProjections), of the time step once a step (TimeProjections).
+"""
 
 from __future__ import annotations
 
@@ -14,23 +17,23 @@ MOST = graphs.MOST  # shapes of prompts; each keeps what all layers make of one
 
 
 class Projection(torch.nn.Module):
-    """A layer that projects the prompt, and what it made of the current one.
+    """A layer that projects the prompt or the time step, and what it made of the current one.
 
     That is a buffer, because torch.compile makes an input of the graph of it: all blocks of a shape still share one.
     """
 
-    made: torch.Tensor | None  # (batch, tokens, out_features); None: the layer computes each time that it is called
+    made: torch.Tensor | None  # (batch, ..., out_features); None: the layer computes each time that it is called
 
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
         self.layer = layer
         self.register_buffer("made", None, persistent=False)
 
-    def forward(self, prompt: torch.Tensor) -> torch.Tensor:
-        """prompt: (batch, tokens, in_features). Returns (batch, tokens, out_features)."""
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: (batch, ..., in_features), a prompt (batch, tokens, in_features). Returns (batch, ..., out_features)."""
         if self.made is not None:
             return self.made
-        computed: torch.Tensor = self.layer(prompt)
+        computed: torch.Tensor = self.layer(x)
         return computed
 
 
@@ -87,3 +90,47 @@ class PromptProjections:
             with torch.inference_mode(False), torch.no_grad():  # else they could only be filled in inference mode
                 self.kept[key] = [torch.empty_like(projection.layer(prompt)) for projection in self.projections]
         return self.kept[key]
+
+
+class TimeProjections:
+    """Projections in the place of the residual blocks' time projections, all filled by one product before each step.
+
+    Their weights become parts of one matrix, so that nothing is there twice.
+    """
+
+    def __init__(self, denoiser: Any, layers: Iterable[torch.nn.Linear], activation: torch.nn.Module) -> None:
+        """`layers` are given what `activation` makes of the time embedding, (batch, features) each."""
+        places = {layer: Projection(layer) for layer in layers}
+        replace_modules(denoiser, places.get)
+        self.projections, self.activation = list(places.values()), activation
+        self.sizes = [layer.out_features for layer in places]
+        self.weight = torch.cat([layer.weight.detach() for layer in places])  # (sum of sizes, features)
+        self.bias = torch.cat([_bias(layer) for layer in places])
+        for layer, weight in zip(places, self.weight.split(self.sizes), strict=True):
+            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.kept: dict[Any, tuple[torch.Tensor, list[torch.Tensor]]] = {}  # by shape: as those of PromptProjections
+        self.current: Any = None
+        self.steps = 0
+        denoiser.down_blocks[0].register_forward_pre_hook(self.before_blocks, with_kwargs=True)
+
+    def before_blocks(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook of the first block, which is given the time embedding as all others are."""
+        time = kwargs["temb"] if "temb" in kwargs else args[1]
+        key = time.shape, time.dtype, time.device
+        if key not in self.kept and len(self.kept) < MOST:
+            with torch.inference_mode(False), torch.no_grad():
+                whole = torch.empty((len(time), len(self.weight)), dtype=time.dtype, device=time.device)
+                self.kept[key] = whole, list(whole.split(self.sizes, dim=1))
+        kept = self.kept.get(key)
+        if key != self.current:
+            for number, projection in enumerate(self.projections):
+                projection.made = kept[1][number] if kept else None
+            self.current = key
+        if kept:
+            with torch.no_grad():
+                torch.addmm(self.bias, self.activation(time), self.weight.t(), out=kept[0])
+            self.steps += 1
+
+
+def _bias(layer: torch.nn.Linear) -> torch.Tensor:
+    return layer.weight.new_zeros(layer.out_features) if layer.bias is None else layer.bias.detach()

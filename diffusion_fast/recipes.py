@@ -39,7 +39,8 @@ ATTENTION = NORMS.plus("attention", "attention_backend")
 PERSISTENT = ATTENTION.plus("persistent", "persistent_reductions")
 GEGLU = PERSISTENT.plus("geglu", "fused_geglu")
 PROMPT = GEGLU.plus("prompt", "prompt_projections")
-LOSSLESS = PROMPT.plus("add-norm", "fused_add_norm")
+ADD_NORM = PROMPT.plus("add-norm", "fused_add_norm")
+LOSSLESS = ADD_NORM.plus("time", "time_projections")
 FP8 = LOSSLESS.plus("fp8", "fp8_rows")
 INT8 = LOSSLESS.plus("int8", "int8_rows")
 # In fp8 convolutions lose too much: 8.8% of a step.
@@ -71,7 +72,7 @@ LADDERS: dict[str, tuple[Recipe, ...]] = {
     "progressive-modes": (*PROGRESSIVE, *DEFAULT_MODE),
     "fast": (
         *(BASELINE, DEFAULT_MODE[-1], REGIONAL, GRAPH, HOST, CUDNN, LAYOUT, NORMS, ATTENTION, PERSISTENT, GEGLU),
-        *(PROMPT, LOSSLESS, INT8, FP8, CONVOLUTIONS),
+        *(PROMPT, ADD_NORM, LOSSLESS, INT8, FP8, CONVOLUTIONS),
     ),
     "turbo": (
         PLAIN,

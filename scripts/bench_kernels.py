@@ -190,9 +190,9 @@ def geglu_cases(device: str, check: bool) -> Iterator[Case]:
             bias = normal(columns, device=device)
             turns, bias_turns = operators.in_turns(w), operators.in_turns(bias)
 
-            def by_us(dtype: torch.dtype, quantized: bool) -> Call:
+            def by_us(dtype: torch.dtype, quantized: bool, out_dtype: torch.dtype = BF16) -> Call:
                 (q, scale_q), (rows, scale_w) = (kernels.launch_quantize_rows(each, dtype) for each in (x, turns))
-                given = (q, rows, scale_q, scale_w.reshape(1, -1), bias_turns, BF16)
+                given = (q, rows, scale_q, scale_w.reshape(1, -1), bias_turns, out_dtype)
                 if not quantized:
                     return lambda: kernels.launch_scaled_matmul_geglu(*given)
                 return lambda: kernels.launch_quantize_rows(kernels.launch_scaled_matmul_geglu(*given), dtype)
@@ -209,6 +209,7 @@ def geglu_cases(device: str, check: bool) -> Iterator[Case]:
                 "ours int8": by_us(INT8, quantized=False),
                 "_scaled_mm, GEGLU to fp8": by_two(FP8),
                 "ours fp8, then to fp8": by_us(FP8, quantized=True),
+                "ours fp8, to fp8 at once": by_us(FP8, quantized=False, out_dtype=FP8),
                 "ours int8, GEGLU to int8": by_two(INT8),
                 "ours int8, then to int8": by_us(INT8, quantized=True),
             }

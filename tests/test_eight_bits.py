@@ -85,7 +85,7 @@ def test_a_feed_forward_is_what_its_layers_are_one_by_one(name: str) -> None:
     first, second = (RowwiseLinear(each, FORMATS[name]) for each in linears)
     hidden, gate = first(x).chunk(2, -1)
     one_by_one = second(hidden * torch.nn.functional.gelu(gate))
-    assert quantize(whole, set(linears), FORMATS[name]) == 1
+    assert quantize(whole, set(linears), FORMATS[name])["fused_feed_forwards"] == 1
     assert isinstance(whole.ff, RowwiseFeedForward)
     torch.testing.assert_close(whole.ff(x), one_by_one, rtol=1e-5, atol=1e-5)
     assert 0 < (whole.ff(x) - exact).norm() / exact.norm() < 0.1
@@ -94,12 +94,12 @@ def test_a_feed_forward_is_what_its_layers_are_one_by_one(name: str) -> None:
 def test_where_one_layer_is_kept_the_feed_forward_stays_as_it_is() -> None:
     whole = torch.nn.Module()
     whole.ff = FeedForward(32, activation_fn="geglu")
-    assert quantize(whole, {whole.ff.net[2]}, FORMATS["int8"]) == 0
+    assert quantize(whole, {whole.ff.net[2]}, FORMATS["int8"])["fused_feed_forwards"] == 0
     assert isinstance(whole.ff, FeedForward)
     assert isinstance(whole.ff.net[2], RowwiseLinear)
     other = torch.nn.Module()
     other.ff = FeedForward(32, activation_fn="gelu")
-    assert quantize(other, {other.ff.net[0].proj, other.ff.net[2]}, FORMATS["int8"]) == 0
+    assert quantize(other, {other.ff.net[0].proj, other.ff.net[2]}, FORMATS["int8"])["fused_feed_forwards"] == 0
 
 
 @pytest.mark.parametrize(("stride", "padding"), [(1, 1), (2, 1), (1, 0)])

@@ -9,10 +9,17 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.activations import GEGLU
-from diffusers.models.attention import FeedForward
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
 
 from diffusion_fast import gated, onestep, plan
-from diffusion_fast.eight_bits import FORMATS, RowwiseFeedForward, RowwiseGatedLinear, RowwiseLinear, quantize
+from diffusion_fast.eight_bits import (
+    FORMATS,
+    RowwiseFeedForward,
+    RowwiseGatedLinear,
+    RowwiseLinear,
+    gated_limits,
+    quantize,
+)
 from diffusion_fast.gated import FusedGEGLU, GatedLinear
 from diffusion_fast.models import MODELS
 from diffusion_fast.optimizations import OPTIMIZATIONS
@@ -64,7 +71,7 @@ def test_in_eight_bits_it_is_what_its_layers_are_one_by_one(name: str) -> None:
     x = torch.randn(2, 7, 32).to(torch.bfloat16)
     exact = other.ff(x)
     for each in (whole, other):
-        assert quantize(each, {each.ff.net[0].proj, each.ff.net[2]}, FORMATS[name]) == 1
+        assert quantize(each, {each.ff.net[0].proj, each.ff.net[2]}, FORMATS[name])["fused_feed_forwards"] == 1
         assert isinstance(each.ff, RowwiseFeedForward)
     assert isinstance(whole.ff.first, RowwiseGatedLinear)
     one_by_one = whole.ff.second(whole.ff.first(x))
@@ -115,7 +122,9 @@ def test_regional_compile_takes_it_into_its_graphs(monkeypatch: pytest.MonkeyPat
 def test_it_goes_with_eight_bits_and_the_same_layers_are_quantized(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     alone, of_alone = eight_bit(name, monkeypatch)
     made, applied = eight_bit(name, monkeypatch, "fused_geglu")
-    assert {**applied[name], "calibration_s": 0} == {**of_alone[name], "calibration_s": 0}
+    limited = applied[name]["fused_feed_forwards"] if name == "fp8_rows" else 0
+    same = {"calibration_s": 0, "limited_feed_forwards": limited}
+    assert {**applied[name], "calibration_s": 0} == {**of_alone[name], **same}
     layers = [module for module in made.denoiser.modules() if isinstance(module, RowwiseLinear)]
     assert sum(isinstance(layer, RowwiseGatedLinear) for layer in layers) == applied["fused_geglu"]["feed_forwards"]
     assert not any(isinstance(module, GatedLinear) for module in made.denoiser.modules())
@@ -145,3 +154,68 @@ def test_odd_sizes_are_one_sentence() -> None:
     made.pipe.unet = feed_forward(inner_dim=100)
     with pytest.raises(RuntimeError, match="fused_geglu: a GEGLU of 32 to 100 features: both have to be multiples"):
         OPTIMIZATIONS["fused_geglu"].apply(made)
+
+
+def block() -> BasicTransformerBlock:
+    """With activations as trained weights have them: outlier channels, shifts, columns of different sizes."""
+    torch.manual_seed(0)
+    made = BasicTransformerBlock(64, 2, 32, cross_attention_dim=16).eval()
+    made.norm3.weight.uniform_(0.2, 2)[::32] *= 20
+    made.norm3.bias.normal_(0, 0.3)
+    made.ff.net[0].proj.weight[:, ::32] /= 20
+    made.ff.net[0].proj.weight *= torch.randn(512).mul(0.7).exp()[:, None]
+    made.ff.net[0].proj.bias.normal_(0, 0.5)
+    gated.fuse(made.to(torch.bfloat16))
+    return made
+
+
+def test_no_input_of_a_layer_norm_passes_the_limits() -> None:
+    made = block()
+    linear = made.ff.net[0].proj
+    limits = gated_limits(made.norm3, linear)
+    assert limits.shape == (256,)
+    weight, bias = linear.weight.unflatten(0, (-1, 2, 8)).float(), linear.bias.unflatten(0, (-1, 2, 8)).float()
+    own = made.norm3.weight.float()
+    for half in (0, 1):  # rows that lie along a column's weights are what makes it largest
+        inputs = torch.cat(
+            [torch.randn(300, 64), weight[:, half].flatten(0, 1) * own, -weight[:, half].flatten(0, 1) * own]
+        )
+        normed = made.norm3.float()(inputs)
+        hidden, gate = (normed @ weight[:, side].flatten(0, 1).t() + bias[:, side].flatten() for side in (0, 1))
+        found = (hidden * torch.nn.functional.gelu(gate)).abs().amax(0)
+        assert (found <= limits).all()
+        assert (found / limits).max() > 0.2  # and they are not far beyond what there is
+
+
+def test_behind_a_layer_norm_fp8_needs_no_scales() -> None:
+    x = torch.randn(2, 50, 64).to(torch.bfloat16)
+    exact = block()
+    normed = exact.norm3(x)
+    plain = exact.ff(normed).float()
+    found = {}
+    for limited in (True, False):
+        made = block()
+        made.norm_type = "layer_norm" if limited else "another"
+        linears = {made.ff.net[0].proj, made.ff.net[2]}
+        account = quantize(made, linears, FORMATS["fp8"])
+        assert account == {"fused_feed_forwards": 1, "limited_feed_forwards": int(limited)}
+        assert (made.ff.first(normed).dtype == torch.float8_e4m3fn) == limited
+        found[limited] = (made.ff(normed).float() - plain).norm() / plain.norm()
+    assert found[True] < 1.05 * found[False]
+
+
+@pytest.mark.parametrize("kept", ["first", "second"])
+def test_where_a_layer_is_kept_the_other_has_its_scales(kept: str) -> None:
+    made = block()
+    first, second = made.ff.net[0].proj, made.ff.net[2]
+    account = quantize(made, {second if kept == "first" else first}, FORMATS["fp8"])
+    assert account == {"fused_feed_forwards": 0, "limited_feed_forwards": 0}
+    assert made.ff(torch.randn(1, 5, 64).to(torch.bfloat16)).isfinite().all()
+
+
+def test_int8_keeps_its_scales_and_so_does_what_is_modulated() -> None:
+    for norm_type, name in (("layer_norm", "int8"), ("ada_norm_zero", "fp8")):
+        made = block()
+        made.norm_type = norm_type
+        account = quantize(made, {made.ff.net[0].proj, made.ff.net[2]}, FORMATS[name])
+        assert account == {"fused_feed_forwards": 1, "limited_feed_forwards": 0}

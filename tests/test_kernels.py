@@ -266,6 +266,20 @@ def test_geglu_of_a_product_is_that_of_the_quantized_numbers(
         assert ((made.double() - exact).abs() <= slack).all()
         for out_dtype in (torch.bfloat16, torch.float16):
             assert torch.equal(launch(q, w, scale_q, scale_w, bias, out_dtype), made.to(out_dtype))
+        narrow = launch(q, w, scale_q, scale_w, bias, torch.float8_e4m3fn).float()
+        assert ((narrow - made).abs() <= made.abs() / 16 + 2.0**-10).all()
+
+
+def test_without_scales_rows_are_what_they_are() -> None:
+    q = torch.randint(-100, 100, (5, 32), dtype=torch.int8, generator=seeded(0))
+    w = torch.randint(-100, 100, (16, 32), dtype=torch.int8, generator=seeded(1))
+    scale_w, ones = torch.rand(1, 16, generator=seeded(2)), torch.ones(5, 1)
+    for launch in (
+        *(kernels.launch_scaled_matmul, kernels.launch_triton_matmul, operators.scaled_matmul),
+        *(kernels.launch_scaled_matmul_geglu, operators.scaled_matmul_geglu),
+    ):
+        with_ones = launch(q, w, ones, scale_w, None, torch.float32)
+        assert torch.equal(launch(q, w, None, scale_w, None, torch.float32), with_ones)
 
 
 def test_hidden_and_gate_take_turns_of_eight_rows() -> None:
@@ -460,7 +474,8 @@ def test_group_norms_are_exact_to_rounding(shape: tuple[int, ...], of: torch.dty
     x = torch.randn(images, channels, height, width, generator=seeded(sum(shape)))
     x = (x * torch.logspace(-1, 1, channels)[:, None, None] + torch.linspace(-2, 5, images)[:, None, None, None]).to(of)
     weight, bias, x_bias = torch.randn(3, channels, generator=seeded(channels)).to(of)
-    embedding = torch.randn(images, channels, generator=seeded(1)).to(of)
+    wider = torch.randn(images, 3 * channels, generator=seeded(1)).to(of)
+    embedding = wider[:, channels : 2 * channels]  # a part of all blocks'
     for silu, added in ((False, (None, None)), (True, (x_bias, None)), (True, (x_bias, embedding))):
         wide = x.double()
         for each in added:

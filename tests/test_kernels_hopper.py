@@ -108,9 +108,9 @@ def test_products_use_the_tensor_cores_and_the_copy_engine(config: Any, of: str,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("of", TRITON_TYPES)
+@pytest.mark.parametrize(("of", "out"), [*((each, "bf16") for each in TRITON_TYPES), ("fp8e4nv", "fp8e4nv")])
 @pytest.mark.parametrize("config", one_and_full(kernels._linear_geglu_kernel.configs))
-def test_linears_with_geglu_never_wait_between_their_products(config: Any, of: str, tmp_path: Path) -> None:
+def test_linears_with_geglu_never_wait_between_their_products(config: Any, of: str, out: str, tmp_path: Path) -> None:
     tile, item = config.kwargs, TRITON_TYPES[of]
     types = dict.fromkeys(("ROWS", "OUT", "IN"), "i32") | dict.fromkeys(("scale_x", "scale_w"), "*fp32")
     types |= {
@@ -118,13 +118,16 @@ def test_linears_with_geglu_never_wait_between_their_products(config: Any, of: s
         for name, side in (("x", "FIRST"), ("w", "SECOND"))
     }
     ptx, usage = compiled(
-        kernels._linear_geglu_kernel.fn, types | {"out": "*bf16", "bias": "*bf16"}, tmp_path, INTEGER=of == "i8",
+        kernels._linear_geglu_kernel.fn, types | {"out": f"*{out}", "bias": "*bf16"}, tmp_path, INTEGER=of == "i8",
         ITEM=item, SCALED=item == 1, BIASED=True, TOGETHER=operators.TOGETHER,
         num_warps=config.num_warps, num_stages=config.num_stages, **tile,
     )  # fmt: skip
     assert_on_tensor_cores(ptx, usage)
-    # Hidden and gate are in the thread that multiplies them, and what is written goes by 16 bytes, but for the bias.
-    assert ptx.count("shfl.sync") <= 1 and ptx.count("st.shared.b16") <= 2 and "st.global.v4" in ptx
+    # Hidden and gate are in the thread that multiplies them, and what is written goes by 16 bytes, but for the bias. In
+    # eight bits a thread has two neighbours, two bytes, to put into shared memory, and writes eight bytes at least.
+    assert ptx.count("shfl.sync") <= 1
+    assert "st.global.v4" in ptx or (out != "bf16" and "st.global.v2" in ptx)
+    assert ptx.count("st.shared.b16") <= (2 if out == "bf16" else 40)
     # Where the assembler finds no registers for what is under way, it has each product wait for the one before.
     code = machine_code(tmp_path / "kernel.cubin")
     assert code.count("WARPGROUP.DEPBAR") <= 3 < len(re.findall(r"[HQI]GMMA\.", code))
@@ -183,7 +186,7 @@ def test_group_norms_stay_in_registers(channels: int, x: str, tmp_path: Path) ->
     types |= {"q_ptr": "*fp8e4nv"}
     constants: dict[str, Any] = {
         "CHANNELS": channels, "WIDTH": shape.width, "PER_GROUP": channels // 32, "BLOCK": shape.block, "ROWS": rows,
-        "GROUPS": triton.next_power_of_2(shape.groups), "STAGES": norm_kernels.STAGES, "BIASED": True, "EMBEDDED": True,
+        "GROUPS": triton.next_power_of_2(shape.groups), "STAGES": norm_kernels.STAGES, "BIASED": True, "EMBEDDED": 9600,
         "PARTS": triton.next_power_of_2(count), "SPANS": triton.next_power_of_2(shape.count), "SILU": True,
         "TOGETHER": 16, "LARGEST": 448.0, "SMALLEST": operators.SMALLEST_SCALE,
     }  # fmt: skip

@@ -102,6 +102,7 @@ def test_a_rung_that_would_measure_nothing_new_is_left_out_and_said() -> None:
         "geglu",
         "prompt",
         "add-norm",
+        "time",
         "int8",
         "fp8",
         "convolutions",

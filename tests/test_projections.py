@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 from peft import LoraConfig
 
 from diffusion_fast import onestep, projections, roofline
@@ -332,3 +334,74 @@ def test_projecting_sdxls_prompt_is_70_layers_and_nothing_for_the_host() -> None
     assert host.seen == []
     kept = sum(each.numel() for each in hoisted.kept[prompt.shape, prompt.dtype, prompt.device])
     assert kept == 2 * 77 * 2 * (10 * 640 + 60 * 1280)
+
+
+def together(made: Build) -> projections.TimeProjections:
+    (hook,) = made.denoiser.down_blocks[0]._forward_pre_hooks.values()
+    return hook.__self__
+
+
+def test_all_blocks_have_the_time_projected_by_one_product() -> None:
+    plain, (made, applied) = build(steps=4)[0], build("time_projections", steps=4)
+    blocks = [block for block in made.denoiser.modules() if isinstance(block, ResnetBlock2D)]
+    assert applied["time_projections"]["projections"] == len(blocks) == len(found_in(made))
+    products: list[Any] = []
+    for projection in found_in(made):
+        projection.layer.register_forward_pre_hook(lambda _, args: products.append(args[0]))
+    found, expected = (torch.tensor(list(call(each)[0].tobytes())).float() for each in (made, plain))
+    assert (found - expected).norm() / expected.norm() < 1e-3
+    assert not products
+    assert made.proofs["time_projections"]() == {}
+    whole = together(made).weight
+    for projection, part in zip(together(made).projections, whole.split(together(made).sizes), strict=True):
+        assert projection.layer.weight.data_ptr() == part.data_ptr()  # nothing is there twice
+        assert projection.made.shape == (2, projection.layer.out_features)
+    assert sum(projection.layer.weight.numel() for projection in found_in(made)) == whole.numel()
+
+
+def test_other_batches_and_times_are_projected_anew() -> None:
+    made, plain = build("time_projections")[0].denoiser, build()[0].denoiser
+    torch.manual_seed(0)
+    for batch, time in ((2, 901.0), (2, 17.0), (4, 17.0), (2, 901.0)):
+        given = {
+            "sample": torch.randn(batch, 4, 16, 16),
+            "timestep": torch.tensor(time),
+            "encoder_hidden_states": torch.randn(batch, 77, plain.config.cross_attention_dim),
+            "added_cond_kwargs": {
+                "text_embeds": torch.randn(batch, plain.config.projection_class_embeddings_input_dim - 6 * 32),
+                "time_ids": torch.randn(batch, 6),
+            },
+        }
+        torch.testing.assert_close(made(**given).sample, plain(**given).sample, rtol=1e-4, atol=1e-5)
+
+
+def test_past_so_many_batches_each_block_projects_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projections, "MOST", 1)
+    made = build("time_projections")[0]
+    shared, (first, *_) = together(made), found_in(made)
+    for batch, kept in ((2, True), (3, False), (2, True)):
+        shared.before_blocks(None, (), {"temb": torch.randn(batch, first.layer.in_features)})
+        assert (first.made is not None) == kept
+
+
+@pytest.mark.parametrize(
+    "names", [("feature_forecast",), ("feature_reuse",), ("bf16", "channels_last", "group_norm_kernels")]
+)
+def test_it_goes_with_what_leaves_blocks_out_or_norms_otherwise(names: tuple[str, ...]) -> None:
+    found, plain = (
+        torch.tensor(list(call(build(*names, *more, steps=6)[0])[0].tobytes())).float()
+        for more in (("time_projections",), ())
+    )
+    assert (found - plain).norm() / plain.norm() < 0.02
+
+
+def test_whatever_changes_a_captured_step_projects_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, made = build()[0], captured("time_projections", monkeypatch=monkeypatch)
+    for change in CHANGES:
+        found, expected = (np.frombuffer(pictures(each, **change), np.uint8).astype(int) for each in (made, plain))
+        assert abs(found - expected).max() <= 1, change  # one product instead of eleven may round otherwise
+
+
+def test_time_projections_are_for_unets() -> None:
+    with pytest.raises(ValueError, match="time_projections can't be applied to pixart-alpha: it has no unet"):
+        plan_recipe(MODELS["pixart-alpha"], Recipe("mine", ("time_projections",)), CPU)

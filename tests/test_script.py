@@ -34,6 +34,7 @@ OURS = {
         "group_norm_kernels",
         "device_postprocessing",
         "prompt_projections",
+        "time_projections",
     ),
     *("fp8_rows", "int8_rows", "fp8_convolutions", "int8_convolutions", "prompt_embedding_cache"),
 }

@@ -3,7 +3,8 @@
 registry.py       what an optimization is, and the pipeline in the making that it changes
 numbers.py        tf32, bf16, fp16, vae_fp16_fix, upcast_vae, cudnn_benchmark
 layers.py         sdpa, attention_backend, channels_last, no_layout_copies, fused_qkv, conv_as_linear,
-                  group_norm_kernels, fused_geglu, fused_add_norm, device_postprocessing, prompt_projections
+                  group_norm_kernels, fused_geglu, fused_add_norm, device_postprocessing, prompt_projections,
+                  time_projections
 quantization.py   int8_dynamic, fp8_dynamic, fp8_dynamic_tensor, int8_weight_only, fp8_weight_only,
                   int4_weight_only, layerwise_casting, fp8_rows, int8_rows, fp8_convolutions, int8_convolutions
 parts.py          vae_slicing, vae_tiling, prompt_embedding_cache

@@ -568,7 +568,7 @@ def _eight_bits(build: Build) -> dict[str, Any]:
         "quantized_linears": found,
         "linears": len(linears),
         "kept": len(build.spec.kept),
-        "fused_feed_forwards": fused,
+        **fused,
         "calibration_s": calibration_s,
     }
 
