@@ -87,7 +87,7 @@ def intensity(linear):  # FLOPs for each byte that it reads and writes in 16 bit
 by_intensity = {by_intensity}
 able = {{linear for linear in linears if suited(linear)}}
 gaining = {{linear for linear in able if not by_intensity or intensity(linear) >= {LEAST_INTENSITY[spec.device]}}}
-chosen = gaining or able
+chosen = gaining or able  # in a model too small to gain, all that can be
 for network in networks:
     quantize_(network, config, filter_fn=lambda module, _: module in chosen)
 """
