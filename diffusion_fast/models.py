@@ -172,7 +172,7 @@ SANA = Model(
     multiple=32,
     written_out=True,
     call_arguments=(("use_resolution_binning", False),),  # as PixArt's
-    lacks=("fusable_projections", "group_norms", "small_1x1_convolutions"),
+    lacks=("fusable_projections", "group_norms", "small_1x1_convolutions", "wide_vae_heads"),
     hub_id="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
     configs="sana-1600m-1024px",
 )
@@ -193,6 +193,7 @@ MODELS = {
             steps=30,
             guidance_scale=2.0,
             chained_blocks=2,
+            lacks=("wide_vae_heads",),
             embedded="tiny",
         ),
         SDXL,

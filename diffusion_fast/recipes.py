@@ -40,7 +40,9 @@ PERSISTENT = ATTENTION.plus("persistent", "persistent_reductions")
 GEGLU = PERSISTENT.plus("geglu", "fused_geglu")
 PROMPT = GEGLU.plus("prompt", "prompt_projections")
 ADD_NORM = PROMPT.plus("add-norm", "fused_add_norm")
-LOSSLESS = ADD_NORM.plus("time", "time_projections")
+TIME = ADD_NORM.plus("time", "time_projections")
+LOSSLESS = TIME.plus("vae", "sliced_vae_attention")
+PDL = LOSSLESS.plus("pdl", "dependent_launch")  # to be measured: the next ones do without
 FP8 = LOSSLESS.plus("fp8", "fp8_rows")
 INT8 = LOSSLESS.plus("int8", "int8_rows")
 # In fp8 convolutions lose too much: 8.8% of a step.
@@ -72,7 +74,7 @@ LADDERS: dict[str, tuple[Recipe, ...]] = {
     "progressive-modes": (*PROGRESSIVE, *DEFAULT_MODE),
     "fast": (
         *(BASELINE, DEFAULT_MODE[-1], REGIONAL, GRAPH, HOST, CUDNN, LAYOUT, NORMS, ATTENTION, PERSISTENT, GEGLU),
-        *(PROMPT, ADD_NORM, LOSSLESS, INT8, FP8, CONVOLUTIONS),
+        *(PROMPT, ADD_NORM, TIME, LOSSLESS, PDL, INT8, FP8, CONVOLUTIONS),
     ),
     "turbo": (
         PLAIN,
@@ -83,6 +85,7 @@ LADDERS: dict[str, tuple[Recipe, ...]] = {
         PLAIN.plus("feature-forecast", "feature_forecast"),
         PLAIN.plus("cutoff-and-forecast", "guidance_cutoff", "feature_forecast"),
         PLAIN.plus("all", "guidance_cutoff", "feature_forecast", "tiny_vae"),
+        PLAIN.plus("all-fp8", "guidance_cutoff", "feature_forecast", "tiny_vae", "fp8_rows"),
     ),
     "memory": (EAGER, *SMALLER),
     "cpu": (SDPA, COMPILE, FUSED_QKV),  # its three experiments on a CPU

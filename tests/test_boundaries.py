@@ -95,7 +95,7 @@ def test_imports_go_one_way() -> None:
         f"diffusion_fast.{name}"
         for name in (
             "spec world models unlisted recipes inductor graphs ahead adapters modules operators kernels norm_kernels "
-            "gated eight_bits norms projections chained scores optimizations.registry optimizations.numbers "
+            "gated eight_bits norms projections chained sliced scores optimizations.registry optimizations.numbers "
             "optimizations.layers optimizations.quantization optimizations.compilation optimizations.parts "
             "optimizations.approximation optimizations plan script spool rows fidelity measure watch environment draw "
             "judge accuracy outliers pipeline own onestep roofline profile worker sensitivity launch saved_cache "

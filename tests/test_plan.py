@@ -111,7 +111,11 @@ def test_a_rung_that_would_measure_nothing_new_is_left_out_and_said() -> None:
     assert "the rung graph is left out: here it would be regional again" in ladder.notes
     assert "cuda_graph is left out: it runs on another device than this cpu" in ladder.notes
     assert [spec.recipe for spec in planned("aa").rungs] == ["a", "b"]  # these are meant to be the same
-    assert planned("fast", H100).notes == ()
+    assert planned("fast", H100, "sdxl").notes == ()
+    assert planned("fast", H100).notes == (
+        "sliced_vae_attention is left out: tiny has no wide_vae_heads",
+        "the rung vae is left out: here it would be time again",
+    )
 
 
 def test_what_a_model_lacks_is_left_out_and_said() -> None:
@@ -125,7 +129,7 @@ def test_an_older_gpu_climbs_the_ladder_without_what_it_lacks() -> None:
     a100 = plan.Device("cuda", "NVIDIA A100", (8, 0))
     ladder = planned("fast", a100, "sdxl")
     assert "fp8_rows is left out: NVIDIA A100 has too low a compute capability" in ladder.notes
-    newer = {"geglu", "int8", "fp8", "convolutions"}  # their kernels are Hopper's
+    newer = {"geglu", "pdl", "int8", "fp8", "convolutions"}  # their kernels are Hopper's
     assert [spec.recipe for spec in ladder.rungs] == [each.name for each in LADDERS["fast"] if each.name not in newer]
 
 

@@ -35,6 +35,7 @@ OURS = {
         "device_postprocessing",
         "prompt_projections",
         "time_projections",
+        "sliced_vae_attention",
     ),
     *("fp8_rows", "int8_rows", "fp8_convolutions", "int8_convolutions", "prompt_embedding_cache"),
 }
@@ -266,7 +267,7 @@ def test_an_optimization_is_printed_or_refused_by_name(model: str, name: str) ->
         text = script.write(MODELS[model], spec)
         assert f"\n# {name}: {OPTIMIZATIONS[name].summary}\n" in text
         assert "diffusion_fast" not in {name.partition(".")[0] for name in imported(text)}
-        assert ("compile_options = {}" in text) == (compiles([name]) or name == "inductor_tuning")
+        assert ("compile_options = {}" in text) == (compiles([name]) or name in ("inductor_tuning", "dependent_launch"))
 
 
 def imported(text: str) -> set[str]:

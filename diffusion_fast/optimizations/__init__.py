@@ -4,11 +4,11 @@ registry.py       what an optimization is, and the pipeline in the making that i
 numbers.py        tf32, bf16, fp16, vae_fp16_fix, upcast_vae, cudnn_benchmark
 layers.py         sdpa, attention_backend, channels_last, no_layout_copies, fused_qkv, conv_as_linear,
                   group_norm_kernels, fused_geglu, fused_add_norm, device_postprocessing, prompt_projections,
-                  time_projections
+                  time_projections, sliced_vae_attention
 quantization.py   int8_dynamic, fp8_dynamic, fp8_dynamic_tensor, int8_weight_only, fp8_weight_only,
                   int4_weight_only, layerwise_casting, fp8_rows, int8_rows, fp8_convolutions, int8_convolutions
 parts.py          vae_slicing, vae_tiling, prompt_embedding_cache
-compilation.py    inductor_tuning, persistent_reductions, compile, regional_compile, ahead_of_time,
+compilation.py    inductor_tuning, persistent_reductions, dependent_launch, compile, regional_compile, ahead_of_time,
                   cuda_graph
 approximation.py  feature_reuse, feature_forecast, first_block_cache, pyramid_attention_broadcast,
                   guidance_cutoff, tiny_vae

@@ -152,6 +152,27 @@ def _attention_seconds(kernel: str, layers: Iterable[tuple[Any, ...]]) -> dict[t
     return seconds
 
 
+# In plain fp32 the scores' product would take longer than all that is saved.
+@optimization(
+    stage="swap",
+    requires=("tf32", "bf16", "sdpa"),
+    devices=("cuda",),
+    imports=("diffusion_fast.sliced",),
+    model_needs="wide_vae_heads",
+)
+def sliced_vae_attention(build: Build) -> dict[str, Any]:
+    """Compute the attention of the VAE's decoder, one head wider than fast kernels take, as matmuls, slice by slice.
+
+    Slices of queries: what is between two products stays in the cache. https://arxiv.org/abs/2112.05682
+    """
+    from diffusion_fast import sliced
+
+    layers = sliced.slice_wide_heads(build.pipe.vae.decoder)
+    if not layers and "tiny_vae" not in build.spec.optimizations:  # which has none
+        raise RuntimeError(f"sliced_vae_attention: no attention of the VAE has one head wider than {sliced.WIDEST}")
+    return {"attention_layers": layers}
+
+
 @optimization(
     stage="layout",
     code="""
