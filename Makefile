@@ -1,4 +1,5 @@
-# make ladder: the six rungs on the bundled model, from nothing. make test: the tests, likewise.
+# make ladder: the six rungs on the bundled model, from nothing. make test: the tests, likewise; make test-all: those too
+# that take long.
 PYTHON ?= python3
 MODEL ?= tiny
 ARGS ?=
@@ -6,7 +7,7 @@ BIN := .venv/bin
 # `mlflow run --env-manager local` starts whichever python comes first.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
-.PHONY: ladder test lint ui bench clean
+.PHONY: ladder test test-all lint ui bench clean
 
 ladder: .venv/ready
 	$(BIN)/mlflow run . -e ladder --env-manager local --experiment-name diffusion_fast -P model=$(MODEL) $(ARGS)
@@ -14,6 +15,10 @@ ladder: .venv/ready
 test: .venv/ready .venv/triton/ready
 	$(BIN)/pytest
 	PYTHONPATH=.venv/triton $(BIN)/pytest tests/test_kernels_hopper.py
+
+test-all: .venv/ready .venv/triton/ready
+	$(BIN)/pytest -m ""
+	PYTHONPATH=.venv/triton $(BIN)/pytest -m "" tests/test_kernels_hopper.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -19,12 +19,12 @@ from typing import Any
 
 import click
 
-from diffusion_fast import console, plan, saved_cache, spool, sweep
+from diffusion_fast import console, plan, saved_cache, script, spool, sweep
 from diffusion_fast import ladder as climbing
 from diffusion_fast.console import fail
 from diffusion_fast.models import MODELS, WeightsUnreachableError, check_weights
 from diffusion_fast.optimizations import OPTIMIZATIONS, eight_bit_format
-from diffusion_fast.recipes import LADDERS
+from diffusion_fast.recipes import ABLATION, LADDERS
 from diffusion_fast.sensitivity import read_kept
 from diffusion_fast.spec import SWEEP, Model, Recipe
 
@@ -62,11 +62,14 @@ class Percentage(click.ParamType[Any]):
 
 
 @contextmanager
-def wrong_input_exits_2() -> Iterator[None]:
+def errors_exit() -> Iterator[None]:
+    """With 2 where the input is wrong, with 1 where weights can't be had."""
     try:
         yield
     except ValueError as error:
         fail(str(error), 2)
+    except WeightsUnreachableError as error:
+        fail(str(error), 1)
 
 
 def options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
@@ -80,8 +83,9 @@ def options(*decorators: Callable[..., Any]) -> Callable[..., Any]:
     return decorate
 
 
-measuring = options(
-    click.option("--model", default="tiny", show_default=True, help="See `diffusion-fast list`."),
+MODEL_HELP = "See `diffusion-fast list`; or a folder in diffusers' format, or a hub id."
+conditions = options(
+    click.option("--model", default="tiny", show_default=True, help=MODEL_HELP),
     click.option("--weights", default="auto", help="embedded, pretrained (from the hub), random, or a folder."),
     click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True),
     click.option("--compile-mode", default="auto", help="auto: max-autotune on a GPU, default on a CPU."),
@@ -91,6 +95,9 @@ measuring = options(
     click.option(
         "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the latents' noise."
     ),
+)
+measuring = options(
+    conditions,
     click.option(
         "--rounds",
         type=click.IntRange(1, 1000),
@@ -138,10 +145,13 @@ measuring = options(
     ),
     click.option("--no-track", is_flag=True, help="Measure into the spool alone; `sync` records it later."),
 )
-one_shape = options(
+shape = options(
     click.option("--batch-size", type=int, default=1, show_default=True, help="Images a call."),
     click.option("--height", type=Auto(click.INT), default="auto", help="Pixels."),
     click.option("--width", type=Auto(click.INT), default="auto", help="Pixels."),
+)
+one_shape = options(
+    shape,
     click.option(
         "--accuracy-prompts",
         type=Auto(click.INT),
@@ -157,8 +167,11 @@ one_shape = options(
         help="Keep what a rung compiled with its results, for --load-cache.",
     ),
 )
+with_names = click.option(
+    "--with", "names", default="", metavar="NAME,NAME", help="Optimizations; their order has no meaning."
+)
 one_recipe = options(
-    click.option("--with", "names", default="", metavar="NAME,NAME", help="Optimizations; their order has no meaning."),
+    with_names,
     click.option("--recipe", "recipe_name", default="", help="A rung of --ladder, as a start for --with."),
     click.option(
         "--ladder", "ladder_name", default="progressive", show_default=True, help="Where --recipe comes from."
@@ -223,6 +236,8 @@ def list_(what: str, as_json: bool) -> None:
             mode = share or (f"compile mode {recipe.compile_mode}" if recipe.compile_mode else "")
             click.echo(f"    {index:02}-{recipe.name:20} {'+ ' + ', '.join(added) if added else mode}".rstrip())
             before |= set(recipe.optimizations)
+        if name == ABLATION:
+            click.echo("    01-without-NAME         each of its names in turn, with those that require it")
 
 
 def _list_models() -> None:
@@ -251,7 +266,7 @@ def _list_models() -> None:
 @tracked
 def ladder(name: str, only: str, device: str, **chosen: Any) -> None:
     """Measure a ladder of recipes, a fresh process each, and record every rung as an MLflow run."""
-    with wrong_input_exits_2():
+    with errors_exit():
         found = plan.find_device(device)
         recipes, notes = plan.find_ladder(name, found, plan.find_model(chosen["model"]))
     _measure(name, recipes, notes, found, only=_names(only), **chosen)
@@ -281,7 +296,7 @@ def profile(**chosen: Any) -> None:
 
 @main.command()
 @one_recipe
-@click.option("--model", default="tiny", show_default=True, help="See `diffusion-fast list`.")
+@click.option("--model", default="tiny", show_default=True, help=MODEL_HELP)
 @click.option("--weights", default="auto", help="embedded, pretrained (from the hub), random, or a folder.")
 @click.option("--device", type=click.Choice(["auto", "cuda", "cpu"]), default="auto", show_default=True)
 @click.option("--target", type=Percentage(), metavar="2%", help="The relative error of a step that may remain.")
@@ -302,7 +317,7 @@ def sensitivity(
     """
     from diffusion_fast import sensitivity as pass_
 
-    with wrong_input_exits_2():
+    with errors_exit():
         found = plan.find_device(device)
         chosen = plan.find_model(model)
         recipe, _ = _chosen_recipe(names, recipe_name, ladder_name, found, chosen)
@@ -310,10 +325,7 @@ def sensitivity(
         planned = plan.plan_ladder("sensitivity", (recipe,), chosen, found, settings)
         if not eight_bit_format(recipe.optimizations):
             raise ValueError("sensitivity is about a recipe for eight bits: add fp8_rows or int8_rows by --with.")
-        try:
-            check_weights(chosen, planned.rungs[0].weights, plan.hub_parts(planned, chosen))
-        except WeightsUnreachableError as error:
-            fail(str(error), 1)
+        check_weights(chosen, planned.rungs[0].weights, plan.hub_parts(planned, chosen))
     try:
         done = pass_.launch(planned.rungs[0], target, output)
     except OSError as error:
@@ -322,6 +334,30 @@ def sensitivity(
         fail(f"the pass has failed; {output / spool.LOG} says why.", 1)
     console.tell_sensitivity(spool.read_json(output / pass_.FILE))
     click.echo(output / pass_.FILE)
+
+
+@main.command()
+@click.argument("recipe_name", metavar="RECIPE", default="")
+@with_names
+@click.option("--ladder", "ladder_name", default="progressive", show_default=True, help="Where RECIPE comes from.")
+@shape
+@conditions
+def code(recipe_name: str, names: str, ladder_name: str, model: str, device: str, **chosen: Any) -> None:
+    """Print the plain diffusers script that a recipe amounts to. It runs without this package.
+
+    RECIPE is a rung of --ladder. With --device cuda it is printed for a GPU, which needn't be there.
+    """
+    with errors_exit():
+        found = plan.find_model(model)
+        where = plan.Device("cuda", "CUDA") if device == "cuda" else plan.find_device(device)
+        recipe, notes = _chosen_recipe(names, recipe_name, ladder_name, where, found)
+        (spec,) = plan.plan_ladder("code", (recipe,), found, where, _settings(**chosen)).rungs
+        text = script.write(found, spec)
+        if spec.weights != "pretrained":  # those it will fetch when it is run
+            check_weights(found, spec.weights)
+    for note in notes:
+        click.echo(f"Note: {note}.", err=True)
+    click.echo(text, nl=False)
 
 
 @main.command("sweep")
@@ -344,7 +380,7 @@ def sweep_(**chosen: Any) -> None:
 
 
 def _measure_one(what: str, *, names: str, recipe_name: str, ladder_name: str, device: str, **chosen: Any) -> None:
-    with wrong_input_exits_2():
+    with errors_exit():
         found = plan.find_device(device)
         recipe, notes = _chosen_recipe(names, recipe_name, ladder_name, found, plan.find_model(chosen["model"]))
     _measure(what, (recipe,), notes, found, only=(), **chosen)
@@ -399,19 +435,13 @@ def _measure(
     **settings: Any,
 ) -> None:
     with ExitStack() as held:
-        with wrong_input_exits_2():
-            chosen = plan.Settings(
-                weights=None if weights == "auto" else weights,
-                compile_mode=None if compile_mode == "auto" else compile_mode,
-                prompt=None if prompt == "auto" else prompt,
-                guidance_scale=guidance,
-                kept=read_kept(keep, model) if keep else (),
-                **settings,
-            )
+        with errors_exit():
+            found = plan.find_model(model)
+            kept = read_kept(keep, found.name) if keep else ()
+            chosen = _settings(weights, compile_mode, prompt, guidance, kept=kept, **settings)
             first = rounds if until is None else max(rounds, UNTIL_ROUNDS)
             if until is not None and max_rounds < first:
                 raise ValueError(f"--until plans {first} rounds, and --max-rounds {max_rounds} is less.")
-            found = plan.find_model(model)
             planned = plan.plan_ladder(name, recipes, found, device, chosen, notes)
             if name == SWEEP:
                 planned = sweep.plan_points(planned, found, batch_sizes, sizes)
@@ -430,10 +460,7 @@ def _measure(
                 planned = saved_cache.start_from(loaded, planned)
             if exclusive:
                 plan.refuse_company(device)
-            try:
-                check_weights(found, planned.rungs[0].weights, plan.hub_parts(planned, found))
-            except WeightsUnreachableError as error:
-                fail(str(error), 1)
+            check_weights(found, planned.rungs[0].weights, plan.hub_parts(planned, found))
             if not no_track and importlib.util.find_spec("mlflow") is None:
                 raise ValueError("mlflow isn't installed: --no-track measures without it, and `sync` records later.")
             resumed = climbing.find_resumable(root, planned) if resume else None
@@ -449,6 +476,16 @@ def _measure(
         recorder = None if no_track else console.Recorder(folder, experiment, tracking_uri)
         asked = console.Rounds(first, until, max_rounds)
         console.climb(folder, only, timeout, cache_dir, recorder, asked, save_cache)
+
+
+def _settings(weights: str, compile_mode: str, prompt: str, guidance: float | None, **others: Any) -> plan.Settings:
+    return plan.Settings(
+        weights=None if weights == "auto" else weights,
+        compile_mode=None if compile_mode == "auto" else compile_mode,
+        prompt=None if prompt == "auto" else prompt,
+        guidance_scale=guidance,
+        **others,
+    )
 
 
 def _find_cache(wanted: str, tracking_uri: str | None, held: ExitStack) -> Path:
@@ -489,7 +526,7 @@ def report(
     """
     from diffusion_fast import report as reporting
 
-    with wrong_input_exits_2():
+    with errors_exit():
         if folder is not None:
             found = [path for path in spool.find_ladders(folder) if ladder_id in (None, "", path.name)]
             if not found:
@@ -534,7 +571,7 @@ def check(
     from diffusion_fast import report as reporting
     from diffusion_fast.tracking import TrackingError, load_runs
 
-    with wrong_input_exits_2():
+    with errors_exit():
         try:
             ours, theirs, known = (
                 reporting.records(load_runs(experiment, tracking_uri, query)) for query in (candidate, baseline, "")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from diffusion_fast.spec import Model
+from diffusion_fast.spec import Model, RunSpec
 
 PACKAGE = Path(__file__).parent
 CHECKSUMS = "SHA256SUMS"  # in a folder of weights, as sha256sum writes and checks it
@@ -221,8 +221,21 @@ MODELS = {
 }
 
 
+def model_of(spec: RunSpec) -> Model:
+    """The model that a spec is about."""
+    return spec.unlisted or MODELS[spec.model]
+
+
 class WeightsUnreachableError(Exception):
     """The weights exist elsewhere and cannot be had from here."""
+
+    def __init__(self, hub_id: str, error: Exception, listed: bool = True) -> None:
+        instead = (
+            "--weights random measures the same latency and memory, and --weights FOLDER loads a local copy."
+            if listed
+            else "--model FOLDER loads a local copy."
+        )
+        super().__init__(f"The weights of {hub_id} can't be reached ({type(error).__name__}): {instead}")
 
 
 def check_weights(model: Model, weights: str, parts: Iterable[str] = ()) -> None:
@@ -242,12 +255,12 @@ def check_weights(model: Model, weights: str, parts: Iterable[str] = ()) -> None
     elif weights == "pretrained":
         if not model.hub_id:
             raise ValueError(f"{model.name} has no weights on the hub: use --weights embedded or a folder.")
-        _check_hub(model.hub_id, f"{model.denoiser}/{WEIGHTS_FILE}")
+        check_hub(model.hub_id, f"{model.denoiser}/{WEIGHTS_FILE}", listed=model.name in MODELS)
     else:
         _check_folder(model, Path(weights))
     if weights != "random":
         for part in parts:
-            _check_hub(part, WEIGHTS_FILE)
+            check_hub(part, WEIGHTS_FILE)
 
 
 def _check_folder(model: Model, folder: Path) -> None:
@@ -291,17 +304,14 @@ def verify(folder: Path, required: bool = False) -> None:
                 raise ValueError(f"{folder / name} is not what {CHECKSUMS} records: it was altered or cut short.")
 
 
-def _check_hub(hub_id: str, weights_file: str) -> None:
-    """Weights in the hub's local cache need no hub."""
+def check_hub(hub_id: str, file: str, listed: bool = True) -> None:
+    """Make sure that the hub answers, or its local cache has the file. Raises WeightsUnreachableError within 5 s."""
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    files = weights_file, f"{weights_file}.index.json"  # large weights are several files, and an index of them
+    files = file, f"{file}.index.json"  # large weights are several files, and an index of them
     if any(isinstance(try_to_load_from_cache(hub_id, name), str) for name in files):
         return
     try:
         HfApi().model_info(hub_id, timeout=5)
     except Exception as error:  # the hub client's own, its HTTP library's, the operating system's
-        raise WeightsUnreachableError(
-            f"The weights of {hub_id} can't be reached ({type(error).__name__}): "
-            "--weights random measures the same latency and memory, and --weights FOLDER loads a local copy."
-        ) from error
+        raise WeightsUnreachableError(hub_id, error, listed) from error

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-from diffusion_fast.models import MODELS
+from diffusion_fast import unlisted
 from diffusion_fast.optimizations import OPTIMIZATIONS, Build
 from diffusion_fast.pipeline import apply
 from diffusion_fast.plan import Device, Settings, plan_ladder
 from diffusion_fast.spec import DTYPES, Model, Recipe
 
-DENOISERS = ("unet", "transformer")
 # diffusers' own processors, that compute attention and nothing else: not an IP-Adapter's, for instance.
 PLAIN = {
     *("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0"),
@@ -70,34 +70,23 @@ def _model_of(pipe: Any) -> Model:
     from diffusion_fast import chained
 
     kind = type(pipe).__name__
-    denoiser = next((each for each in DENOISERS if getattr(pipe, each, None) is not None), None)
-    if denoiser is None:
-        raise ValueError(f"{kind} has neither a unet nor a transformer.")
-    known = next((each for each in MODELS.values() if each.pipeline == kind), None)
+    denoiser = unlisted.denoiser_of(kind, (name for name, part in pipe.components.items() if part is not None))
     network = getattr(pipe, denoiser)
-    latents = network.config.get("sample_size") or getattr(pipe, "default_sample_size", None)
-    guidance = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
-    if not isinstance(latents, int) or not hasattr(pipe, "vae_scale_factor") or guidance is None:
-        raise ValueError(f"{kind} isn't known here: its own size of pictures and guidance can't be told.")
-    pixels = latents * pipe.vae_scale_factor
-    return Model(
-        name=kind,
+    arguments = inspect.signature(type(pipe).__call__).parameters.values()
+    config = dict(network.config)
+    config["sample_size"] = config.get("sample_size") or getattr(pipe, "default_sample_size", None)
+    model = unlisted.describe(
+        kind,
+        kind,
+        denoiser,
+        config,
+        getattr(pipe, "vae_scale_factor", None),
+        {each.name: None if each.default is each.empty else each.default for each in arguments},
         summary="your own",
-        pipeline=kind,
-        denoiser=denoiser,  # type: ignore[arg-type]
         parameters=sum(parameter.numel() for parameter in network.parameters()),
-        height=pixels,
-        width=pixels,
-        steps=30,
-        guidance_scale=guidance.default,
-        guidance=known.guidance if known else "classifier-free",
-        multiple=known.multiple if known else 8,
-        lacks=known.lacks if known else (),
-        least_steps=known.least_steps if known else 1,
-        chained_blocks=chained.longest(network),
-        cacheable_blocks=known.cacheable_blocks if known else False,
-        call_arguments=known.call_arguments if known else (),
     )
+    # Its attention is as diffusers made it: a measurement's baseline alone writes scores out.
+    return replace(model, written_out=False, chained_blocks=chained.longest(network))
 
 
 def _device_of(pipe: Any) -> Device:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_fast import outliers
-from diffusion_fast.models import MODELS, PACKAGE, verify
+from diffusion_fast.models import PACKAGE, model_of, verify
 from diffusion_fast.optimizations import OPTIMIZATIONS, Build
 from diffusion_fast.spec import RunSpec
 
@@ -21,7 +21,7 @@ def build_pipeline(spec: RunSpec, tell: Callable[[str], None]) -> tuple[Build, d
 
     `tell` is called with what is being done. Raises RuntimeError where an optimization has no effect.
     """
-    build = Build(MODELS[spec.model], spec)
+    build = Build(model_of(spec), spec)
     no_tf32()
     applied = apply(build, tell, before_loading=True)
     tell("loading")

@@ -6,16 +6,17 @@ import difflib
 import importlib.metadata
 import math
 import os
+import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
-from diffusion_fast import world
+from diffusion_fast import unlisted, world
 from diffusion_fast.models import MODELS
 from diffusion_fast.optimizations import OPTIMIZATIONS, STAGES, Optimization, compiles, eight_bit_format, same_work
-from diffusion_fast.recipes import LADDERS
+from diffusion_fast.recipes import ABLATION, LADDERS
 from diffusion_fast.spec import REFERENCE, Ladder, Model, Recipe, RunSpec
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -111,9 +112,9 @@ def plan_recipe(model: Model, recipe: Recipe, device: Device) -> tuple[str, ...]
     names = set(recipe.optimizations)
     for name in recipe.optimizations:
         known = lookup("optimization", name, OPTIMIZATIONS)
-        for group in known.requires:
-            if not names & set(group):
-                raise ValueError(f"{name} requires {' or '.join(group)}: add {group[0]}.")
+        if group := _lacking(known, names, model):
+            where = "" if group in known.requires else f" on {model.name}"
+            raise ValueError(f"{name} requires {' or '.join(group)}{where}: add {group[0]}.")
         for other in known.excludes:
             if other in names:
                 raise ValueError(f"{name} and {other} exclude each other: take one of them.")
@@ -122,13 +123,17 @@ def plan_recipe(model: Model, recipe: Recipe, device: Device) -> tuple[str, ...]
         if device.capability is not None and device.capability < known.min_capability:
             need, have = (".".join(map(str, pair)) for pair in (known.min_capability, device.capability))
             raise ValueError(f"{name} needs compute capability {need}, and {device.name} has {have}.")
-        field, needed = known.requires_where
-        if field and getattr(model, field) and not names & set(needed):
-            raise ValueError(f"{name} requires {' or '.join(needed)} on {model.name}: add {needed[0]}.")
         if lacking := lacked(known, model):
             raise ValueError(f"{name} can't be applied to {model.name}: it has no {lacking}.")
     order = list(OPTIMIZATIONS)
     return tuple(sorted(names, key=lambda name: (STAGES.index(OPTIMIZATIONS[name].stage), order.index(name))))
+
+
+def _lacking(known: Optimization, names: set[str], model: Model) -> tuple[str, ...]:
+    """Names of which an optimization requires one, and `names` has none. Empty where it lacks nothing."""
+    field, needed = known.requires_where
+    groups = [*known.requires, *([needed] if field and getattr(model, field) else [])]
+    return next((group for group in groups if not names & set(group)), ())
 
 
 def applies(optimization: Optimization, model: Model) -> bool:
@@ -189,7 +194,8 @@ def plan_ladder(
     if settings.kept and not any(eight_bit_format(recipe.optimizations) for recipe in recipes):
         raise ValueError("--keep is about layers that a recipe for eight bits would quantize, and there is none.")
     now = datetime.now(UTC)
-    ladder_id = f"{now:%Y%m%d-%H%M%S}-{model.name}-{name}-{secrets.token_hex(2)}"
+    named = re.sub(r"[^\w.-]+", "-", model.name)  # a hub id has a slash, a folder's name may have anything
+    ladder_id = f"{now:%Y%m%d-%H%M%S}-{named}-{name}-{secrets.token_hex(2)}"
 
     def spec(rung: str, recipe: Recipe) -> RunSpec:
         return RunSpec(
@@ -198,6 +204,7 @@ def plan_ladder(
             rung=rung,
             role="reference" if rung == REFERENCE else "rung",
             model=model.name,
+            unlisted=None if MODELS.get(model.name) == model else model,
             weights=settings.weights or model.default_weights,
             recipe=recipe.name,
             optimizations=plan_recipe(model, recipe, device),
@@ -265,7 +272,12 @@ def hub_parts(ladder: Ladder, model: Model) -> set[str]:
 
 
 def find_model(name: str) -> Model:
-    return lookup("model", name, MODELS)
+    """A model by its name, or by a folder or hub id that need be no entry's.
+
+    Raises ValueError where there is none, WeightsUnreachableError where only the hub would know.
+    """
+    listed = MODELS.get(name) or next((each for each in MODELS.values() if name and each.hub_id == name), None)
+    return listed or unlisted.find(name) or lookup("model", name, MODELS)
 
 
 def find_ladder(name: str, device: Device, model: Model) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
@@ -273,7 +285,7 @@ def find_ladder(name: str, device: Device, model: Model) -> tuple[tuple[Recipe, 
 
     Ladders are written once for all. A name that runs on another device, or changes what the model hasn't got, is left
     out of all rungs, and a rung that differed from an earlier one by such names alone is left out, because it would
-    measure nothing new.
+    measure nothing new. `ablation` is written as one recipe, and becomes that and one for each of its names.
     """
     recipes = lookup("ladder", name, LADDERS)
     absent: dict[str, str] = {}
@@ -298,7 +310,21 @@ def find_ladder(name: str, device: Device, model: Model) -> tuple[tuple[Recipe, 
             notes.append(f"the rung {recipe.name} is left out: here it would be {same[-1].name} again")
         else:
             fitted[recipe] = fits
+    if name == ABLATION:
+        (full,) = fitted.values()
+        return (full, *_without_each(full, model, device)), tuple(notes)
     return tuple(fitted.values()), tuple(notes)
+
+
+def _without_each(full: Recipe, model: Model, device: Device) -> Iterator[Recipe]:
+    """The recipe without each of its names in turn, and without those that require it, which its name then says."""
+    for name in plan_recipe(model, full, device):
+        left, out = set(full.optimizations) - {name}, [name]
+        while lost := sorted(each for each in left if _lacking(OPTIMIZATIONS[each], left, model)):
+            left -= set(lost)
+            out += lost
+        kept = tuple(each for each in full.optimizations if each in left)
+        yield replace(full, name="-".join(["without", *out]), optimizations=kept)
 
 
 def lookup(kind: str, name: str, known: Mapping[str, T]) -> T:

@@ -73,6 +73,7 @@ SMALLER = (
 )
 
 AA = "aa"
+ABLATION = "ablation"  # its one recipe, and then without each of its names in turn: plan.find_ladder makes these
 LADDERS: dict[str, tuple[Recipe, ...]] = {
     "progressive": PROGRESSIVE,
     "progressive-modes": (*PROGRESSIVE, *DEFAULT_MODE),
@@ -93,6 +94,7 @@ LADDERS: dict[str, tuple[Recipe, ...]] = {
     ),
     "memory": (EAGER, *SMALLER),
     "cpu": (SDPA, COMPILE, FUSED_QKV),  # its three experiments on a CPU
+    ABLATION: (replace(LOSSLESS, name="full"),),
     # One recipe under two names: what differs between them is the noise of the machine.
     AA: (Recipe("a", SDPA.optimizations), Recipe("b", SDPA.optimizations)),
 }

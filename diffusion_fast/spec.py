@@ -52,7 +52,7 @@ class Model(_Json):
     summary: str
     pipeline: str  # class in diffusers
     denoiser: Literal["unet", "transformer"]  # the pipeline's attribute that runs once a step
-    parameters: int  # of the denoiser
+    parameters: int  # of the denoiser; 0: nobody has counted them
     height: int  # pixels
     width: int
     steps: int
@@ -73,6 +73,7 @@ class Model(_Json):
     call_arguments: tuple[tuple[str, bool | int | float], ...] = ()  # of every call of the pipeline
     hub_id: str = ""  # weights="pretrained"
     embedded: str = ""  # weights="embedded": a folder of this package, in diffusers format
+    folder: str = ""  # where the weights are that it was found with, see unlisted.py
     configs: str = ""  # weights="random": a folder of component configs under configs/
     fp16_vae_hub_id: str = ""  # a VAE fine-tuned to stay finite in float16
     tiny_vae_hub_id: str = ""  # a small VAE for the same latents, an AutoencoderTiny
@@ -81,7 +82,7 @@ class Model(_Json):
 
     @property
     def default_weights(self) -> str:
-        return "embedded" if self.embedded else "pretrained"
+        return self.folder or ("embedded" if self.embedded else "pretrained")
 
     @property
     def unet(self) -> bool:
@@ -128,6 +129,7 @@ class RunSpec(_Json):
     role: Literal["rung", "reference"] = "rung"
 
     model: str
+    unlisted: Model | None = None  # the model itself, where models.py has no such entry
     weights: str  # "embedded", "pretrained", "random" or a folder
     recipe: str
     optimizations: tuple[str, ...]  # in the order of application
@@ -156,6 +158,8 @@ class RunSpec(_Json):
         labels = {"ladder_id", "ladder", "rung", "round", "planned_rounds", "attempt", "recipe", "tag", "profile"}
         labels |= {"saved_cache"}
         facts = {key: value for key, value in self.to_dict().items() if key not in labels}
+        if self.unlisted is None:  # as in specs of before there were such models
+            del facts["unlisted"]
         facts["optimizations"] = sorted(facts["optimizations"])
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from diffusion_fast import rows, spool
-from diffusion_fast.models import MODELS
+from diffusion_fast.models import model_of
 from diffusion_fast.optimizations import OPTIMIZATIONS, Build, compiles, left_out, same_work
 from diffusion_fast.spec import REFERENCE, Failure, Result, RunSpec
 
@@ -273,7 +273,7 @@ def _load(spec: RunSpec, progress: Progress) -> tuple[Build, dict[str, dict[str,
     import diffusers
     import torch
 
-    getattr(diffusers, MODELS[spec.model].pipeline)  # diffusers imports a pipeline's modules when it is asked for
+    getattr(diffusers, model_of(spec).pipeline)  # diffusers imports a pipeline's modules when it is asked for
     for module in dict.fromkeys(name for each in spec.optimizations for name in OPTIMIZATIONS[each].imports):
         importlib.import_module(module)
     import_s = time.perf_counter() - start

@@ -8,8 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers import ByT5Tokenizer
+
 from diffusion_fast.models import MODELS, PACKAGE
-from diffusion_fast.spec import Model
+from diffusion_fast.optimizations import Build
+from diffusion_fast.pipeline import _from_configs
+from diffusion_fast.plan import Device, Settings, plan_ladder
+from diffusion_fast.spec import Model, Recipe
 
 NAMES = tuple(name for name, model in MODELS.items() if model.configs and not model.outliers)
 CONTEXT = 32  # numbers of a token, of each text encoder that is CLIP's
@@ -130,3 +135,16 @@ def miniature(name: str, folder: Path) -> Model:
         (folder / file.name).write_text(json.dumps(config | smaller(config)))
     pixels = max(64, min(6 * model.multiple, 128))  # enough rows for eight bits
     return replace(model, configs=str(folder), height=pixels, width=pixels, int8_excluded_shapes=())
+
+
+def saved(name: str, folder: Path) -> Path:
+    """The miniature of `name` in diffusers' format, as a person has a model: the folder that holds its weights."""
+    configs, weights = folder / "configs", folder / f"my {name}"
+    configs.mkdir()
+    model = miniature(name, configs)
+    (spec,) = plan_ladder("mine", (Recipe("mine"),), model, Device("cpu", "CPU"), Settings(weights="random")).rungs
+    pipe = _from_configs(Build(model, spec))
+    if type(pipe.tokenizer).__name__ == "WordTokenizer":  # no library's, so that nobody could load it
+        pipe.tokenizer = ByT5Tokenizer()
+    pipe.save_pretrained(weights)
+    return weights

@@ -94,13 +94,13 @@ def test_imports_go_one_way() -> None:
     order = [
         f"diffusion_fast.{name}"
         for name in (
-            "spec world models recipes inductor graphs ahead adapters modules operators kernels norm_kernels "
-            "attention_kernels attention gated eight_bits norms projections chained sliced scores "
+            "spec world models unlisted recipes inductor graphs ahead adapters modules operators kernels "
+            "norm_kernels attention_kernels attention gated eight_bits norms projections chained sliced scores "
             "optimizations.registry optimizations.numbers optimizations.layers optimizations.quantization "
-            "optimizations.compilation optimizations.parts optimizations.approximation optimizations plan spool "
-            "rows fidelity measure watch environment draw judge accuracy outliers pipeline own onestep roofline "
-            "profile worker sensitivity launch saved_cache ladder stats check control sweep report view tracking "
-            "console cli __main__"
+            "optimizations.compilation optimizations.parts optimizations.approximation optimizations plan script "
+            "spool rows fidelity measure watch environment draw judge accuracy outliers pipeline own onestep "
+            "roofline profile worker sensitivity launch saved_cache ladder stats check control sweep report view "
+            "tracking console cli __main__"
         ).split()
     ]
     assert {*order, "diffusion_fast"} == set(MODULES)

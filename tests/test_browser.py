@@ -63,7 +63,7 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
-@pytest.mark.parametrize("through", ["the file", "the server"])
+@pytest.mark.parametrize("through", ["the file", pytest.param("the server", marks=pytest.mark.full)])
 def test_the_link_opens_on_bars_samples_and_images(
     server: str, climbed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, through: str
 ) -> None:

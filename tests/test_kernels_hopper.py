@@ -6,10 +6,12 @@ interpreter says of their numbers, in a process of its own.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,12 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles no
 from diffusion_fast import attention_kernels, kernels, norm_kernels, operators  # noqa: E402
 
 HERE = Path(__file__).parent
+
+
+def one_and_full(values: Iterable[Any]) -> list[Any]:
+    """Parameters of which the first is in every run of the tests, and the others are of the full matrix."""
+    marks = itertools.chain([()], itertools.repeat(pytest.mark.full))
+    return [pytest.param(each, id=str(each), marks=mark) for each, mark in zip(values, marks, strict=False)]
 
 
 def test_the_interpreter_agrees_with_float64() -> None:
@@ -65,7 +73,7 @@ def compiled(
 
 
 @pytest.mark.parametrize("q", ("*fp8e4nv", "*i8"))
-@pytest.mark.parametrize("columns", (640, 1280, 2560, 5120, 8192))
+@pytest.mark.parametrize("columns", one_and_full((8192, 640, 1280, 2560, 5120)))
 @pytest.mark.parametrize("name", ("quantize_rows", "geglu_quantize_rows", "layer_norm_quantize_rows"))
 def test_rows_stay_in_registers(name: str, columns: int, q: str, tmp_path: Path) -> None:
     types = dict.fromkeys(("x_ptr", "weight_ptr", "bias_ptr"), "*bf16") | {
@@ -84,12 +92,8 @@ def test_rows_stay_in_registers(name: str, columns: int, q: str, tmp_path: Path)
 TRITON_TYPES = {"i8": 1, "fp8e4nv": 1, "bf16": 2}  # and their bytes
 
 
-def candidates(kernel: Any) -> list[Any]:
-    return [pytest.param(each, id=str(each)) for each in kernel.configs]
-
-
 @pytest.mark.parametrize("of", ("i8", "fp8e4nv"))
-@pytest.mark.parametrize("config", candidates(kernels._matmul_kernel))
+@pytest.mark.parametrize("config", one_and_full(kernels._matmul_kernel.configs))
 def test_products_use_the_tensor_cores_and_the_copy_engine(config: Any, of: str, tmp_path: Path) -> None:
     tile = config.kwargs
     types = dict.fromkeys(("ROWS", "OUT", "IN"), "i32") | dict.fromkeys(("scale_q", "scale_w"), "*fp32")
@@ -105,7 +109,7 @@ def test_products_use_the_tensor_cores_and_the_copy_engine(config: Any, of: str,
 
 
 @pytest.mark.parametrize("of", ("bf16", "fp16"))
-@pytest.mark.parametrize("config", candidates(kernels._cast_matmul_kernel))
+@pytest.mark.parametrize("config", one_and_full(kernels._cast_matmul_kernel.configs))
 def test_rows_are_cast_in_registers_on_their_way_to_the_tensor_cores(config: Any, of: str, tmp_path: Path) -> None:
     tile = config.kwargs
     types = dict.fromkeys(("ROWS", "OUT", "IN"), "i32") | {"scale_w": "*fp32", "out": f"*{of}", "bias": f"*{of}"}
@@ -124,7 +128,7 @@ def test_rows_are_cast_in_registers_on_their_way_to_the_tensor_cores(config: Any
 
 
 @pytest.mark.parametrize(("of", "out"), [*((each, "bf16") for each in TRITON_TYPES), ("fp8e4nv", "fp8e4nv")])
-@pytest.mark.parametrize("config", candidates(kernels._linear_geglu_kernel))
+@pytest.mark.parametrize("config", one_and_full(kernels._linear_geglu_kernel.configs))
 def test_linears_with_geglu_never_wait_between_their_products(config: Any, of: str, out: str, tmp_path: Path) -> None:
     tile, item = config.kwargs, TRITON_TYPES[of]
     types = dict.fromkeys(("ROWS", "OUT", "IN"), "i32") | dict.fromkeys(("scale_x", "scale_w"), "*fp32")
@@ -157,7 +161,7 @@ def machine_code(cubin: Path) -> str:
 
 @pytest.mark.parametrize("added", (False, True))
 @pytest.mark.parametrize("of", TRITON_TYPES)
-@pytest.mark.parametrize("config", candidates(kernels._convolution_kernel))
+@pytest.mark.parametrize("config", one_and_full(kernels._convolution_kernel.configs))
 def test_convolutions_use_the_tensor_cores_and_the_copy_engine(
     config: Any, of: str, added: bool, tmp_path: Path
 ) -> None:
@@ -189,7 +193,9 @@ def attention_cases() -> list[Any]:
     for width, keys, out in () if INTERPRETED else ATTENTIONS:
         tuner.nargs = {"KEYS": KEYS[keys]}
         tried = tuner.prune_configs({"ALONE": keys == "alone", "WIDTH": width})
-        found += [pytest.param(width, keys, out, each, id=f"{width} {keys} {out} {each}") for each in tried]
+        for number, each in enumerate(tried):
+            marks = pytest.mark.full if number else ()
+            found.append(pytest.param(width, keys, out, each, id=f"{width} {keys} {out} {each}", marks=marks))
     return found
 
 
@@ -232,11 +238,11 @@ def assert_on_tensor_cores(ptx: str, usage: dict[str, int]) -> None:
     assert usage["SHARED"] <= 227 * 1024
 
 
-NORMED = (320, 640, 960, 1280, 1920, 2560, 128, 256, 512)  # channels of SDXL's UNet and VAE, 32 groups
+NORMED = (2560, 320, 640, 960, 1280, 1920, 128, 256, 512)  # channels of SDXL's UNet and VAE, 32 groups
 
 
 @pytest.mark.parametrize("x", ("bf16", "fp32"))
-@pytest.mark.parametrize("channels", NORMED)
+@pytest.mark.parametrize("channels", one_and_full(NORMED))
 def test_group_norms_stay_in_registers(channels: int, x: str, tmp_path: Path) -> None:
     shape = norm_kernels.spans(channels, 32)
     count, _, rows = norm_kernels.parts(

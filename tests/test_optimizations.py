@@ -302,7 +302,7 @@ def by_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", compile_by_eager)  # which Module.compile calls, too
 
 
-@pytest.mark.parametrize("name", ["compile", "regional_compile"])
+@pytest.mark.parametrize("name", [pytest.param("compile", marks=pytest.mark.full), "regional_compile"])
 def test_a_shape_that_comes_again_is_not_compiled_again(by_eager: None, name: str) -> None:
     """Shapes in turn in one process, as a server gets them. The points of a sweep have a process each."""
     with torch._dynamo.config.patch(recompile_limit=compilation.MOST_GRAPHS):

@@ -8,7 +8,7 @@ import pytest
 from diffusion_fast import plan, world
 from diffusion_fast.models import MODELS
 from diffusion_fast.optimizations import OPTIMIZATIONS, STAGES
-from diffusion_fast.recipes import LADDERS
+from diffusion_fast.recipes import ABLATION, LADDERS, LOSSLESS
 from diffusion_fast.spec import Recipe
 from tests.conftest import CPU, H100, planned
 
@@ -57,7 +57,7 @@ def test_the_stage_decides_the_order_not_the_person() -> None:
 
 
 def test_every_ladder_plans_for_every_model_on_a_cpu_and_on_a_gpu() -> None:
-    for name in LADDERS:
+    for name in set(LADDERS) - {ABLATION}:
         for model in MODELS:
             for device in (CPU, H100):
                 ladder = planned(name, device, model)
@@ -132,6 +132,31 @@ def test_an_older_gpu_climbs_the_ladder_without_what_it_lacks() -> None:
     assert "fp8_rows is left out: NVIDIA A100 has too low a compute capability" in ladder.notes
     newer = {"geglu", "pdl", "int8", "fp8", "convolutions"}  # their kernels are Hopper's
     assert [spec.recipe for spec in ladder.rungs] == [each.name for each in LADDERS["fast"] if each.name not in newer]
+
+
+@pytest.mark.parametrize("device", (CPU, A100, H100))
+@pytest.mark.parametrize("model", MODELS)
+def test_an_ablation_leaves_each_name_out_in_turn_and_what_requires_it(model: str, device: plan.Device) -> None:
+    full, *others = planned(ABLATION, device, model).rungs
+    whole = set(full.optimizations)
+    assert full.rung == "00-full"
+    assert [spec.recipe.split("-")[1] for spec in others] == list(full.optimizations)
+    for spec in others:
+        _, name, *with_it = spec.recipe.split("-")
+        assert whole - set(spec.optimizations) == {name, *with_it}
+        for each in with_it:  # none is left out that could have stayed
+            with pytest.raises(ValueError, match=f"{each} requires"):
+                plan.plan_recipe(MODELS[model], Recipe("mine", (*spec.optimizations, each)), device)
+
+
+def test_an_ablation_is_of_the_best_lossless_recipe_as_far_as_the_device_goes() -> None:
+    assert set(planned(ABLATION, H100, "sdxl").rungs[0].optimizations) == set(LOSSLESS.optimizations)
+    on_cpu = planned(ABLATION, CPU, "sdxl")
+    assert not {"tf32", "cuda_graph"} & set(on_cpu.rungs[0].optimizations)
+    assert "tf32 is left out: it runs on another device than this cpu" in on_cpu.notes
+    recipes = [spec.recipe for spec in on_cpu.rungs]
+    assert "without-sdpa-fused_qkv" in recipes
+    assert "without-channels_last-group_norm_kernels-no_layout_copies" in recipes
 
 
 def test_random_weights_say_nothing_of_approximations() -> None:

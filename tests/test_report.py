@@ -317,3 +317,14 @@ def test_of_many_ladders_the_newest_is_taken_and_of_attempts_the_last_that_finis
         report.one_ladder(frame, "3")
     with pytest.raises(ValueError, match="known are: none"):
         report.one_ladder(frame[:0])
+
+
+def test_an_ablations_ratios_are_against_the_whole_recipe(tmp_path: Path) -> None:
+    ladder = planned("ablation")
+    folder = spool.save_ladder(tmp_path, ladder)
+    for index, spec in enumerate(ladder.rungs):
+        keep(folder, result(spec, 1.0 if index == 0 else 1.25))
+    frame = report.from_spool(folder)
+    assert set(frame["speedup_base"]) == {"00-full"}
+    assert frame["speedup"].tolist() == [1.0, *[0.8] * (len(ladder.rungs) - 1)]
+    assert f"| {ladder.rungs[2].rung} | 1.25 |" in report.markdown(frame)

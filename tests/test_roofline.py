@@ -95,7 +95,10 @@ def test_fused_eight_bit_and_compiled_kernels_count_as_what_they_stand_for(
         assert roofline.count_flops(fast) == roofline.count_flops(tiny)
 
 
-def test_without_a_reference_a_rung_counts_for_itself(tiny: Build, tmp_path: Path) -> None:
+def test_without_a_reference_a_rung_counts_for_itself(
+    tiny: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(roofline, "ceilings", lambda _: {"matmul_ceiling_tflops": 2.0, "copy_ceiling_gbs": 20.0})
     counted = tmp_path / spool.REFERENCE_FLOPS
     with torch.no_grad():
         alone = worker._limits(tiny, counted, 2.0)["limits"]

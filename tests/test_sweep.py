@@ -314,6 +314,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, uri
 
 
+@pytest.mark.full
 def test_every_point_was_measured(measured: tuple[Path, str]) -> None:
     folder, uri = measured
     frame = load_runs("sweeps", tracking_uri=uri)

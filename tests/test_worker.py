@@ -92,7 +92,11 @@ def test_what_is_no_image_is_a_failure(
 def test_a_call_that_painted_black_is_a_failure_though_all_after_it_is_killed(
     prepared: tuple[RunSpec, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "call", lambda build: [Image.new("RGB", (64, 64))])
+    def paint(build: Build) -> list[Image.Image]:
+        time.sleep(0.1)  # of calls that take no time there would be hundreds of thousands
+        return [Image.new("RGB", (64, 64))]
+
+    monkeypatch.setattr(pipeline, "call", paint)
     monkeypatch.setattr(worker, "_phases", killed)
     with pytest.raises(worker.BrokenImageError, match="black all over"):
         worker.measure_rung(*prepared, Silent())  # type: ignore[arg-type]

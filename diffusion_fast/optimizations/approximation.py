@@ -187,6 +187,12 @@ FIRST_BLOCK_CHANGE = 0.05  # diffusers' own: of what the first block adds, relat
     model_needs="cacheable_blocks",
     lossless=False,
     same_work=False,
+    code=f"""
+from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
+from diffusers.hooks.hooks import CacheContext, _set_cache_context
+apply_first_block_cache(denoiser, FirstBlockCacheConfig(threshold={FIRST_BLOCK_CHANGE}))
+_set_cache_context(denoiser, CacheContext("both"))  # of rows with guidance and without, where no pipeline says which
+""",
 )
 def first_block_cache(build: Build) -> dict[str, Any]:
     """Skip a transformer's other blocks in steps whose first block adds nearly what it did before: reuse what they add.
@@ -213,6 +219,28 @@ BROADCAST_TIMES = (100, 800)
     model_needs="transformer",
     lossless=False,
     same_work=False,
+    code=f"""
+from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
+from diffusers.hooks.hooks import CacheContext, _set_cache_context
+steps_begun = []
+denoiser.register_forward_pre_hook(lambda *_: steps_begun.append(True))
+
+
+def timestep():
+    times = pipe.scheduler.timesteps.tolist()
+    return times[min(len(steps_begun), len(times)) - 1]
+
+
+broadcast = PyramidAttentionBroadcastConfig(
+    spatial_attention_block_skip_range={BROADCAST["spatial"]},
+    cross_attention_block_skip_range={BROADCAST["cross"]},
+    spatial_attention_timestep_skip_range={BROADCAST_TIMES},
+    cross_attention_timestep_skip_range={BROADCAST_TIMES},
+    current_timestep_callback=timestep,
+)
+apply_pyramid_attention_broadcast(denoiser, broadcast)
+_set_cache_context(denoiser, CacheContext("both"))  # of rows with guidance and without, where no pipeline says which
+""",
 )
 def pyramid_attention_broadcast(build: Build) -> dict[str, Any]:
     """Compute a transformer's self-attention in every second step, its cross-attention in every sixth, and reuse both.
@@ -298,7 +326,25 @@ def _guided(steps: int) -> int:
     return max(1, round(GUIDED * steps))
 
 
-@optimization(stage="approximate", model_needs="unet", lossless=False, same_work=False, needs_guidance=True)
+@optimization(
+    stage="approximate",
+    model_needs="unet",
+    lossless=False,
+    same_work=False,
+    needs_guidance=True,
+    code=f"""
+def end_guidance(pipe, step, timestep, tensors):
+    if step != max(1, round({GUIDED} * pipe.num_timesteps)) - 1:
+        return {{}}
+    pipe._guidance_scale = 0.0
+    rows = 2 * tensors.pop("latents").shape[0]
+    return {{name: value.chunk(2)[1] for name, value in tensors.items() if value.shape[0] == rows}}
+
+
+tensors = [name for name in pipe._callback_tensor_inputs if not name.startswith("negative")]
+arguments |= {{"callback_on_step_end": end_guidance, "callback_on_step_end_tensor_inputs": tensors}}
+""",
+)
 def guidance_cutoff(build: Build) -> dict[str, Any]:
     """Guide the first half of the steps, and give the denoiser the prompt alone in the others: half the rows.
 
@@ -334,7 +380,17 @@ def guidance_cutoff(build: Build) -> dict[str, Any]:
     return {"guided_steps": guided, "steps": build.spec.steps}
 
 
-@optimization(stage="load", excludes=("vae_fp16_fix",), model_needs="tiny_vae_hub_id", lossless=False, same_work=False)
+@optimization(
+    stage="load",
+    excludes=("vae_fp16_fix",),
+    model_needs="tiny_vae_hub_id",
+    lossless=False,
+    same_work=False,
+    code="""
+from diffusers import AutoencoderTiny
+parts["vae"] = AutoencoderTiny.from_pretrained("$tiny_vae_hub_id", dtype=torch.$dtype)
+""",
+)
 def tiny_vae(build: Build) -> dict[str, Any]:
     """Decode by a small VAE that was distilled from the model's own: a few convolutions, no attention.
 

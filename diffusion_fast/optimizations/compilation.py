@@ -13,24 +13,32 @@ from diffusion_fast.ahead import AheadOfTime, cache_folder
 from diffusion_fast.graphs import Graphed
 from diffusion_fast.inductor import parallel_coordinate_descent
 from diffusion_fast.optimizations.registry import Build, optimization
+from diffusion_fast.spec import RunSpec
 
 
-@optimization(stage="inductor", requires=(("compile", "regional_compile"),))
-def inductor_tuning(build: Build) -> dict[str, Any]:
-    """Compile 1x1 convolutions as matmuls, search tile sizes in all directions, keep matmuls' epilogues apart.
-
-    With int8 layers, also fuse the scaling into the int8 matmul. The flags hold for the compiled modules alone.
-    """
+def _tuning(spec: RunSpec) -> dict[str, bool]:
     flags = {
         "conv_1x1_as_mm": True,
         "coordinate_descent_tuning": True,
         "coordinate_descent_check_all_directions": True,
         "epilogue_fusion": False,
     }
-    if "int8_dynamic" in build.spec.optimizations:
-        flags["force_fuse_int_mm_with_mul"] = True
+    return flags | ({"force_fuse_int_mm_with_mul": True} if "int8_dynamic" in spec.optimizations else {})
+
+
+@optimization(
+    stage="inductor",
+    requires=(("compile", "regional_compile"),),
+    code=lambda spec: "\n".join(f"compile_options[{name!r}] = {flag}" for name, flag in _tuning(spec).items()),
+)
+def inductor_tuning(build: Build) -> dict[str, Any]:
+    """Compile 1x1 convolutions as matmuls, search tile sizes in all directions, keep matmuls' epilogues apart.
+
+    With int8 layers, also fuse the scaling into the int8 matmul. The flags hold for the compiled modules alone.
+    """
+    flags = _tuning(build.spec)
     build.compile_options |= flags
-    return dict(flags)
+    return flags
 
 
 @optimization(stage="inductor", requires=(("compile", "regional_compile"),), devices=("cuda",))
@@ -46,7 +54,13 @@ def persistent_reductions(build: Build) -> dict[str, Any]:
     return {"longest_row": keep_rows()}
 
 
-@optimization(stage="inductor", requires=(("compile", "regional_compile"),), devices=("cuda",), min_capability=(9, 0))
+@optimization(
+    stage="inductor",
+    requires=(("compile", "regional_compile"),),
+    devices=("cuda",),
+    min_capability=(9, 0),
+    code='compile_options["triton.enable_pdl"] = True',
+)
 def dependent_launch(build: Build) -> dict[str, Any]:
     """Have a kernel of Inductor's start while the one before it ends: its set-up no longer waits for that.
 
@@ -61,13 +75,22 @@ def dependent_launch(build: Build) -> dict[str, Any]:
 
 
 COMPILERS = ("torch._dynamo", "torch._inductor.compile_fx")
+OPTIONS = """import torch._inductor
+options = torch._inductor.list_mode_options("$compile_mode") | compile_options"""
 
 
 SDPA_WHERE = ("written_out", ("sdpa",))  # what writes attention out can't be traced
 
 
 @optimization(
-    stage="compile", excludes=("regional_compile", "ahead_of_time"), imports=COMPILERS, requires_where=SDPA_WHERE
+    stage="compile",
+    excludes=("regional_compile", "ahead_of_time"),
+    imports=COMPILERS,
+    requires_where=SDPA_WHERE,
+    code=f"""{OPTIONS}
+for network in (denoiser, pipe.vae.decoder):
+    network.compile(fullgraph=True, options=options)
+""",
 )
 def compile(build: Build) -> dict[str, Any]:  # noqa: A001 - it is called what the field calls it
     """Compile the denoiser and the VAE's decoder by torch.compile, each as one graph.
@@ -84,7 +107,39 @@ def _whole_networks(build: Build) -> dict[str, Any]:
     return {build.model.denoiser: build.denoiser, "vae.decoder": build.pipe.vae.decoder}
 
 
-@optimization(stage="compile", excludes=("compile", "ahead_of_time"), imports=COMPILERS, requires_where=SDPA_WHERE)
+MOST_GRAPHS = 32 * graphs.MOST  # SDXL has some 20 for each size and batch
+BLOCKS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")  # beside those that diffusers says a model repeats
+
+
+@optimization(
+    stage="compile",
+    excludes=("compile", "ahead_of_time"),
+    imports=COMPILERS,
+    requires_where=SDPA_WHERE,
+    code=f"""{OPTIONS}
+import functools
+import torch._dynamo
+for limit in ("recompile_limit", "accumulated_recompile_limit"):
+    setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), {MOST_GRAPHS}))
+lists = [module for module in denoiser.children() if isinstance(module, torch.nn.ModuleList)]
+repeated = denoiser._repeated_blocks or [type(layer).__name__ for layers in lists for layer in layers]
+blocks = {{*repeated, *{BLOCKS!r}}}
+regions = [module for module in denoiser.modules() if blocks & {{kind.__name__ for kind in type(module).__mro__}}]
+for region in (*regions, pipe.vae.decoder):
+    region.compile(fullgraph=True, dynamic=False, options=options)
+
+
+def normalize(norm, image):
+    return type(norm).forward(norm, image)
+
+
+inside = {{part for region in regions for part in region.modules()}}
+for module in denoiser.modules():  # a module of torch's own is compiled by its function alone
+    if isinstance(module, torch.nn.GroupNorm) and module not in inside:
+        function = functools.partial(normalize, module)
+        module.forward = torch.compile(function, fullgraph=True, dynamic=False, options=options)
+""",
+)
 def regional_compile(build: Build) -> dict[str, Any]:
     """Compile the denoiser's repeated blocks, each shape of them once, and the VAE's decoder as one graph.
 
@@ -148,8 +203,6 @@ def ahead_of_time(build: Build) -> dict[str, Any]:
     return {"mode": build.spec.compile_mode, "options": options, "modules": list(networks)}
 
 
-MOST_GRAPHS = 32 * graphs.MOST  # SDXL has some 20 for each size and batch
-BLOCKS = ("ResnetBlock2D", "Downsample2D", "Upsample2D")  # beside those that diffusers says a model repeats
 EIGHT_BITS = ("RowwiseLinear", "ImagewiseConvolution")
 
 

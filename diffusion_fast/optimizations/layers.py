@@ -14,7 +14,17 @@ from diffusion_fast import graphs
 from diffusion_fast.optimizations.registry import Build, optimization
 
 
-@optimization(stage="attention")
+@optimization(
+    stage="attention",
+    code="""
+from diffusers.models.attention_processor import AttnProcessor2_0
+for name, network in pipe.components.items():
+    if hasattr(network, "set_default_attn_processor"):  # others have fused attention alone
+        network.set_attn_processor(AttnProcessor2_0())
+    elif name.startswith("text_encoder") and network._supports_sdpa:
+        network.set_attn_implementation("sdpa")
+""",
+)
 def sdpa(build: Build) -> dict[str, Any]:
     """Compute attention by scaled_dot_product_attention: fused kernels that never write the score matrix out.
 
@@ -218,7 +228,13 @@ def sliced_vae_attention(build: Build) -> dict[str, Any]:
     return {"attention_layers": layers}
 
 
-@optimization(stage="layout")
+@optimization(
+    stage="layout",
+    code="""
+for network in (denoiser, pipe.vae):
+    network.to(memory_format=torch.channels_last)
+""",
+)
 def channels_last(build: Build) -> dict[str, Any]:
     """Store images channel by channel at each pixel (NHWC), the layout that cuDNN's tensor-core convolutions read.
 
@@ -245,7 +261,31 @@ def _is_channels_last(tensor: Any) -> bool:
     return bool(tensor.is_contiguous(memory_format=torch.channels_last))
 
 
-@optimization(stage="fuse", requires=("sdpa",), model_needs="fusable_projections", takes_adapters=False)
+FUSED = {  # diffusers' names of fused projections, and of those that they stand for
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+
+
+@optimization(
+    stage="fuse",
+    requires=("sdpa",),
+    model_needs="fusable_projections",
+    takes_adapters=False,
+    code=f"""
+from diffusers.models.attention import AttentionModuleMixin
+from diffusers.models.attention_processor import Attention
+fused = {FUSED}
+for network in (denoiser, pipe.vae):
+    layers = [module for module in network.modules() if isinstance(module, Attention | AttentionModuleMixin)]
+    if layers:
+        network.fuse_qkv_projections()
+    for module in layers:  # diffusers keeps the separate layers beside the fused one
+        for name in [name for by, names in fused.items() if hasattr(module, by) for name in names]:
+            delattr(module, name)
+""",
+)
 def fused_qkv(build: Build) -> dict[str, Any]:
     """Compute query, key and value by one matmul (key and value in cross-attention); the separate weights are freed.
 
@@ -272,14 +312,23 @@ def fused_qkv(build: Build) -> dict[str, Any]:
     return {"attention_layers": fused, "freed_parameters": freed}
 
 
-FUSED = {  # diffusers' names of fused projections, and of those that they stand for
-    "to_qkv": ("to_q", "to_k", "to_v"),
-    "to_kv": ("to_k", "to_v"),
-    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
-}
+@optimization(
+    stage="swap",
+    imports=("torchao.quantization",),
+    model_needs="small_1x1_convolutions",
+    code="""
+from torchao.quantization.quant_api import swap_conv2d_1x1_to_linear
 
 
-@optimization(stage="swap", imports=("torchao.quantization",), model_needs="small_1x1_convolutions")
+def small_1x1(module, *_):
+    is_1x1 = isinstance(module, torch.nn.Conv2d) and module.kernel_size == (1, 1)
+    return is_1x1 and 128 in (module.in_channels, module.out_channels)
+
+
+for network in (denoiser, pipe.vae):
+    swap_conv2d_1x1_to_linear(network, small_1x1)
+""",
+)
 def conv_as_linear(build: Build) -> dict[str, Any]:
     """Turn 1x1 convolutions with 128 input or output channels into linear layers, as diffusion-fast does.
 

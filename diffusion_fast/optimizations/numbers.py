@@ -10,7 +10,14 @@ from diffusion_fast.optimizations.registry import Build, optimization
 from diffusion_fast.spec import DTYPES
 
 
-@optimization(stage="load", devices=("cuda",))
+@optimization(
+    stage="load",
+    devices=("cuda",),
+    code="""
+torch.set_float32_matmul_precision("high")
+torch.backends.cudnn.allow_tf32 = True
+""",
+)
 def tf32(build: Build) -> dict[str, Any]:
     """Let fp32 matmuls and cuDNN convolutions round their inputs to TF32's 10 bits of mantissa.
 
@@ -23,7 +30,7 @@ def tf32(build: Build) -> dict[str, Any]:
     return {"matmul": torch.get_float32_matmul_precision(), "cudnn": torch.backends.cudnn.allow_tf32}
 
 
-@optimization(stage="load", excludes=("fp16",))
+@optimization(stage="load", excludes=("fp16",), code="dtype = torch.bfloat16")
 def bf16(build: Build) -> dict[str, Any]:
     """Run every network in bfloat16: fp32's range, 8 bits of mantissa, half the bytes."""
     return _set_dtype(build, "bf16")
@@ -34,6 +41,7 @@ def bf16(build: Build) -> dict[str, Any]:
     excludes=("bf16",),
     devices=("cuda",),
     requires_where=("fp16_vae_hub_id", ("vae_fp16_fix", "tiny_vae", "upcast_vae")),
+    code="dtype = torch.float16",
 )
 def fp16(build: Build) -> dict[str, Any]:
     """Run every network in float16: 11 bits of mantissa, half the bytes, overflows past 65504.
@@ -67,7 +75,14 @@ def _set_dtype(build: Build, name: str) -> dict[str, Any]:
     return {}
 
 
-@optimization(stage="load", model_needs="fp16_vae_hub_id")
+@optimization(
+    stage="load",
+    model_needs="fp16_vae_hub_id",
+    code="""
+from diffusers import AutoencoderKL
+parts["vae"] = AutoencoderKL.from_pretrained("$fp16_vae_hub_id", dtype=torch.$dtype)
+""",
+)
 def vae_fp16_fix(build: Build) -> dict[str, Any]:
     """Take the VAE that was fine-tuned to stay finite in float16, so that it needn't be upcast to fp32.
 
@@ -85,7 +100,22 @@ def vae_fp16_fix(build: Build) -> dict[str, Any]:
 
 
 # Not of the stage load: it changes a pipeline that is there, also one that somebody else has loaded.
-@optimization(stage="swap", requires=(("bf16", "fp16"),), excludes=("vae_fp16_fix", "tiny_vae"))
+@optimization(
+    stage="swap",
+    requires=(("bf16", "fp16"),),
+    excludes=("vae_fp16_fix", "tiny_vae"),
+    code="""
+pipe.vae.to(torch.float32)
+decode_in_fp32 = pipe.vae.decode
+
+
+def decode(latents, *args, **kwargs):
+    return decode_in_fp32(latents.float(), *args, **kwargs)
+
+
+pipe.vae.decode = decode
+""",
+)
 def upcast_vae(build: Build) -> dict[str, Any]:
     """Keep the VAE in fp32, and give it its latents in fp32, while everything else computes in 16 bits.
 
@@ -113,7 +143,7 @@ def _decode_in_fp32(decode: Callable[..., Any], latents: Any, *args: Any, **kwar
     return decode(latents.float(), *args, **kwargs)
 
 
-@optimization(stage="load", devices=("cuda",))
+@optimization(stage="load", devices=("cuda",), code="torch.backends.cudnn.benchmark = True")
 def cudnn_benchmark(build: Build) -> dict[str, Any]:
     """Let cuDNN time its algorithms for each convolution it meets, and take the fastest, instead of a heuristic's.
 

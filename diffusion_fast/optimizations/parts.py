@@ -12,7 +12,7 @@ from diffusion_fast.optimizations.registry import Build, optimization
 
 
 # TAESD needs neither: it is a thirtieth of a VAE's decoder.
-@optimization(stage="swap", excludes=("tiny_vae",), least_batch=2)
+@optimization(stage="swap", excludes=("tiny_vae",), least_batch=2, code="pipe.vae.enable_slicing()")
 def vae_slicing(build: Build) -> dict[str, Any]:
     """Decode the pictures of a batch one by one: the decoder's memory is that of a single one.
 
@@ -38,7 +38,21 @@ TILE = 512  # pixels, or half of the picture where that is less
 OVERLAP = 4  # a quarter of a tile, of its latents too: these are a multiple of it
 
 
-@optimization(stage="swap", excludes=("tiny_vae",), lossless=False)
+@optimization(
+    stage="swap",
+    excludes=("tiny_vae",),
+    lossless=False,
+    code=f"""
+scale = pipe.vae_scale_factor
+latents = max({OVERLAP}, min({TILE}, max($height, $width) // 2) // scale // {OVERLAP} * {OVERLAP})
+tile = latents * scale
+if hasattr(pipe.vae, "tile_latent_min_size"):
+    pipe.vae.enable_tiling()
+    pipe.vae.tile_latent_min_size, pipe.vae.tile_sample_min_size = latents, tile
+else:  # the deep-compression autoencoder
+    pipe.vae.enable_tiling(tile, tile, tile - tile // {OVERLAP}, tile - tile // {OVERLAP})
+""",
+)
 def vae_tiling(build: Build) -> dict[str, Any]:
     """Decode a picture in overlapping tiles of 512 pixels, or half its size, and blend them: less memory, more work.
 

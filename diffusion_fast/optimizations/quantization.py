@@ -8,6 +8,7 @@ from typing import Any
 
 from diffusion_fast.modules import stored_bytes
 from diffusion_fast.optimizations.registry import Build, eight_bit_format, optimization
+from diffusion_fast.spec import RunSpec
 
 MIB = 2**20
 Shapes = tuple[tuple[int, int], ...]  # of linear layers: features of the input, of the output
@@ -24,6 +25,74 @@ def _others(name: str) -> tuple[str, ...]:
     return tuple(each for each in LINEAR_FORMATS if each != name)
 
 
+# FLOPs for each byte that a layer reads and writes in 16 bits. A GPU computes some 150 (A100) to 300 (H100) of them
+# while it moves a byte: below that a layer waits for its memory, and quantizing its input is more to move.
+LEAST_INTENSITY = {"cuda": 200, "cpu": 8}
+
+
+def _weights_code(spec: RunSpec, multiple: int, config: str, group: int = 1, least: int = 17) -> str:
+    """`_by_torchao` in plain Python, for layers of which only the weights are quantized."""
+    return f"""
+{config}
+from torchao.quantization import quantize_
+
+
+def suited(linear, *_):
+    if not isinstance(linear, torch.nn.Linear) or linear.weight.dtype != dtype or linear.in_features < {least}:
+        return False
+    return linear.in_features % {max(multiple, group)} == linear.out_features % {multiple} == 0
+
+
+for network in (denoiser, pipe.vae):
+    quantize_(network, config, filter_fn=suited)
+"""
+
+
+def _multiply_code(
+    spec: RunSpec, multiple: int, config: str, excluded: Shapes | str = (), by_intensity: bool | str = True
+) -> str:
+    """`_multiply_by_torchao` in plain Python. `config` is lines that make torchao's own."""
+    return f"""
+{config}
+from torchao.quantization import quantize_
+
+rows = {{}}  # of each linear layer, seen in an eager step
+
+
+def note(module, inputs):
+    rows[module] = inputs[0].numel() // inputs[0].shape[-1]
+
+
+networks = denoiser, pipe.vae
+linears = [each for network in networks for each in network.modules() if isinstance(each, torch.nn.Linear)]
+hooks = [linear.register_forward_pre_hook(note) for linear in linears]
+pipe(**arguments | {{"num_inference_steps": $least_steps}})
+for hook in hooks:
+    hook.remove()
+excluded = set({excluded})
+
+
+def suited(linear):
+    shape = linear.in_features, linear.out_features
+    if linear.weight.dtype != dtype or shape[0] < 17 or shape[0] % {multiple} or shape[1] % {multiple}:
+        return False
+    return rows.get(linear, 0) > 16 and shape not in excluded
+
+
+def intensity(linear):  # FLOPs for each byte that it reads and writes in 16 bits
+    count, features, outputs = rows[linear], linear.in_features, linear.out_features
+    return 2 * count * features * outputs / (2 * (count * features + features * outputs + count * outputs))
+
+
+by_intensity = {by_intensity}
+able = {{linear for linear in linears if suited(linear)}}
+gaining = {{linear for linear in able if not by_intensity or intensity(linear) >= {LEAST_INTENSITY[spec.device]}}}
+chosen = gaining or able  # in a model too small to gain, all that can be
+for network in networks:
+    quantize_(network, config, filter_fn=lambda module, _: module in chosen)
+"""
+
+
 @optimization(
     stage="quantize",
     requires=(("bf16", "fp16"), ("compile", "regional_compile")),
@@ -32,6 +101,15 @@ def _others(name: str) -> tuple[str, ...]:
     imports=("torchao.quantization",),
     lossless=False,
     takes_adapters=False,
+    code=functools.partial(
+        _multiply_code,
+        multiple=8,
+        config="""
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig
+config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)""",
+        excluded="$int8_excluded_shapes",
+        by_intensity="not excluded",
+    ),
 )
 def int8_dynamic(build: Build) -> dict[str, Any]:
     """Multiply in int8: weights scaled per channel beforehand, activations per row while it runs.
@@ -47,6 +125,13 @@ def int8_dynamic(build: Build) -> dict[str, Any]:
     return _multiply_by_torchao(build, config, "Int8Tensor", multiple=8, excluded=listed, by_intensity=not listed)
 
 
+# torchao takes one scale for such a layer for one of the blocks of 128×128 that another of its formats has.
+ONE_BLOCK = (128, 128)
+# Of the largest number that a scale is for. The prompt that SDXL guides away from is all zeros, and torchao divides a
+# row of them by its scale.
+LEAST_LARGEST = 1e-6
+
+
 # torchao has scales a row for bf16 alone.
 @optimization(
     stage="quantize",
@@ -57,6 +142,15 @@ def int8_dynamic(build: Build) -> dict[str, Any]:
     imports=("torchao.quantization",),
     lossless=False,
     takes_adapters=False,
+    code=functools.partial(
+        _multiply_code,
+        multiple=16,
+        config=f"""
+from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow
+config = Float8DynamicActivationFloat8WeightConfig(
+    granularity=PerRow(), activation_value_lb={LEAST_LARGEST}, set_inductor_config=False
+)""",
+    ),
 )
 def fp8_dynamic(build: Build) -> dict[str, Any]:
     """Multiply in fp8 (e4m3) by torchao: a scale a row of the weights beforehand, of the activations while it runs.
@@ -78,6 +172,16 @@ def fp8_dynamic(build: Build) -> dict[str, Any]:
     imports=("torchao.quantization",),
     lossless=False,
     takes_adapters=False,
+    code=functools.partial(
+        _multiply_code,
+        multiple=16,
+        config=f"""
+from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerTensor
+config = Float8DynamicActivationFloat8WeightConfig(
+    granularity=PerTensor(), activation_value_lb={LEAST_LARGEST}, set_inductor_config=False
+)""",
+        excluded=(ONE_BLOCK,),
+    ),
 )
 def fp8_dynamic_tensor(build: Build) -> dict[str, Any]:
     """Multiply in fp8 (e4m3) by torchao: one scale for all of a layer's weights, and one for all of its activations.
@@ -87,13 +191,6 @@ def fp8_dynamic_tensor(build: Build) -> dict[str, Any]:
     from torchao.quantization import PerTensor
 
     return _fp8_by_torchao(build, PerTensor(), excluded=(ONE_BLOCK,))
-
-
-# torchao takes one scale for such a layer for one of the blocks of 128×128 that another of its formats has.
-ONE_BLOCK = (128, 128)
-# Of the largest number that a scale is for. The prompt that SDXL guides away from is all zeros, and torchao divides a
-# row of them by its scale.
-LEAST_LARGEST = 1e-6
 
 
 def _fp8_by_torchao(build: Build, granularity: Any, excluded: Shapes = ()) -> dict[str, Any]:
@@ -113,6 +210,13 @@ def _fp8_by_torchao(build: Build, granularity: Any, excluded: Shapes = ()) -> di
     imports=("torchao.quantization",),
     lossless=False,
     takes_adapters=False,
+    code=functools.partial(
+        _weights_code,
+        multiple=8,
+        config="""
+from torchao.quantization import Int8WeightOnlyConfig
+config = Int8WeightOnlyConfig(set_inductor_config=False)""",
+    ),
 )
 def int8_weight_only(build: Build) -> dict[str, Any]:
     """Store linear layers in int8, a scale a channel, and multiply in 16 bits: half the memory, and no faster.
@@ -133,6 +237,13 @@ def int8_weight_only(build: Build) -> dict[str, Any]:
     imports=("torchao.quantization",),
     lossless=False,
     takes_adapters=False,
+    code=functools.partial(
+        _weights_code,
+        multiple=16,
+        config="""
+from torchao.quantization import Float8WeightOnlyConfig
+config = Float8WeightOnlyConfig(set_inductor_config=False)""",
+    ),
 )
 def fp8_weight_only(build: Build) -> dict[str, Any]:
     """Store linear layers in fp8 (e4m3), a scale a channel, and multiply in 16 bits: half the memory, and no faster.
@@ -151,6 +262,20 @@ INT4_TENSORS = {"cuda": "Int4TilePackedTo4dTensor", "cpu": "Int4OpaqueTensor"}
 INT4_LEAST = {"cuda": 320, "cpu": 64}
 
 
+def _int4_code(spec: RunSpec) -> str:
+    config = {
+        "cuda": f"""
+from torchao.quantization import Int4WeightOnlyConfig
+from torchao.quantization.quantize_.workflows import Int4PackingFormat
+packing = Int4PackingFormat.TILE_PACKED_TO_4D
+config = Int4WeightOnlyConfig(int4_packing_format=packing, group_size={INT4_GROUP}, set_inductor_config=False)""",
+        "cpu": f"""
+from torchao.prototype.quantization.int4 import PrototypeInt4WeightOnlyConfig
+config = PrototypeInt4WeightOnlyConfig(group_size={INT4_GROUP}, set_inductor_config=False)""",
+    }[spec.device]
+    return _weights_code(spec, multiple=16, config=config, group=INT4_GROUP, least=INT4_LEAST[spec.device])
+
+
 @optimization(
     stage="quantize",
     requires=("bf16",),  # which is all that the kernel for CUDA takes
@@ -159,6 +284,7 @@ INT4_LEAST = {"cuda": 320, "cpu": 64}
     imports=("torchao.quantization",),
     lossless=False,
     takes_adapters=False,
+    code=_int4_code,
 )
 def int4_weight_only(build: Build) -> dict[str, Any]:
     """Store linear layers in 4 bits, a scale and a zero for 64 numbers, and multiply in bf16 by PyTorch's tinygemm.
@@ -196,6 +322,7 @@ def int4_weight_only(build: Build) -> dict[str, Any]:
     ),
     lossless=False,
     takes_adapters=False,
+    code="denoiser.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype)",
 )
 def layerwise_casting(build: Build) -> dict[str, Any]:
     """Store the denoiser's linears and convolutions in fp8 without a scale, and cast each to 16 bits while it computes.
@@ -230,11 +357,6 @@ def layerwise_casting(build: Build) -> dict[str, Any]:
 
     build.proofs["layerwise_casting"] = account  # once more: that layers are cast back behind a call
     return account()
-
-
-# FLOPs for each byte that a layer reads and writes in 16 bits. A GPU computes some 150 (A100) to 300 (H100) of them
-# while it moves a byte: below that a layer waits for its memory, and quantizing its input is more to move.
-LEAST_INTENSITY = {"cuda": 200, "cpu": 8}
 
 
 def _suited(

@@ -111,6 +111,9 @@ class Optimization:
     needs_guidance: bool = False  # a guidance scale above 1
     least_batch: int = 1  # pictures of a call, below which there is nothing to do
     leaves_out: str = ""  # the part of a call that one with the prompt of the one before, as all timed ones, is without
+    # What it amounts to in plain Python, see script.py: lines on `pipe`, `denoiser` and the call's `arguments`, in the
+    # stage `load` on `dtype` and `parts`; fields of model and spec behind a $. Empty: it takes code of this package.
+    code: str | Callable[[RunSpec], str] = ""
     same_work: bool = True  # False: leaves out some of the model's operations, so that single steps can't be compared
 
     @property

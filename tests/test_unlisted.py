@@ -1,0 +1,261 @@
+"""Models without an entry: folders in diffusers' format and hub ids."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from diffusion_fast import chained, plan, spool, unlisted
+from diffusion_fast import ladder as climbing
+from diffusion_fast.cli import main
+from diffusion_fast.models import MODELS, PACKAGE, WEIGHTS_FILE, WeightsUnreachableError, check_weights, model_of
+from diffusion_fast.optimizations import OPTIMIZATIONS
+from diffusion_fast.pipeline import _from_config, build_pipeline, call
+from diffusion_fast.spec import Ladder, Model, Recipe, Result, RunSpec
+from tests.conftest import CPU, planned
+from tests.miniatures import NAMES, saved
+
+TOKEN = "hf_a-marker-that-nobody-may-see"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture(scope="module")
+def sd15(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved("sd15", tmp_path_factory.mktemp("sd15"))
+
+
+@pytest.fixture
+def altered(sd15: Path, tmp_path: Path) -> Any:
+    """A function that gives a copy of the folder, with one of its JSON files changed."""
+
+    def alter(file: str = unlisted.INDEX, **changes: Any) -> str:
+        folder = shutil.copytree(sd15, tmp_path / "altered")
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | changes))
+        return str(folder)
+
+    return alter
+
+
+def test_a_folder_says_what_its_model_is(sd15: Path) -> None:
+    model = plan.find_model(str(sd15))
+    assert (model.name, model.pipeline, model.denoiser) == ("my sd15", "StableDiffusionPipeline", "unet")
+    assert (model.height, model.width) == (512, 512)  # 64 latents, of 8 pixels each
+    assert (model.steps, model.guidance_scale) == (50, 7.5)  # of the pipeline's signature
+    assert model.default_weights == str(sd15.resolve())
+    check_weights(model, model.default_weights)
+
+
+def test_a_transformer_is_found_by_its_attribute_and_keeps_what_its_class_needs(tmp_path: Path) -> None:
+    model = plan.find_model(str(saved("pixart-alpha", tmp_path)))
+    assert (model.denoiser, model.height, model.steps, model.guidance_scale) == ("transformer", 1024, 20, 4.5)
+    assert (model.least_steps, model.call_arguments) == (2, MODELS["pixart-alpha"].call_arguments)
+    recipe = Recipe("mine", ("sdpa", "fused_qkv"))
+    settings = plan.Settings(height=64, width=64, steps=2)
+    (spec,) = plan.plan_ladder("run", (recipe,), model, CPU, settings).rungs
+    build, applied = build_pipeline(RunSpec.from_dict(json.loads(json.dumps(spec.to_dict()))), lambda stage: None)
+    assert set(applied) == set(recipe.optimizations)
+    assert call(build)[0].size == (64, 64)
+    with pytest.raises(ValueError, match="feature_reuse can't be applied to my pixart-alpha: it has no unet"):
+        plan.plan_recipe(model, Recipe("mine", ("feature_reuse",)), CPU)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_known_of_a_class_is_so_of_a_folder_of_it(name: str, tmp_path: Path) -> None:
+    """No weights are read, so that there are none here: the configs are the entry's, at full size."""
+    entry, found = MODELS[name], described(name, tmp_path)
+    same = ("denoiser", "height", "width", "guidance", "multiple", "lacks", "written_out", "cacheable_blocks")
+    for field in (*same, "least_steps", "chained_blocks"):
+        assert getattr(found, field) == getattr(entry, field), field
+    applying = {each for each, known in OPTIMIZATIONS.items() if plan.applies(known, entry)}
+    assert {each for each, known in OPTIMIZATIONS.items() if plan.applies(known, found)} == applying - {
+        *("vae_fp16_fix", "tiny_vae")  # networks that nobody names here
+    }
+
+
+def described(name: str, folder: Path) -> Model:
+    """What is said of the configs of `name`, in diffusers' format."""
+    entry = MODELS[name]
+    for part in (entry.denoiser, "vae"):
+        (folder / part).mkdir()
+        shutil.copy(PACKAGE / "configs" / entry.configs / f"{part}.json", folder / part / "config.json")
+    parts = {part: ["diffusers", "AnyClass"] for part in (entry.denoiser, "vae")}
+    (folder / unlisted.INDEX).write_text(json.dumps({"_class_name": entry.pipeline} | parts))
+    return plan.find_model(str(folder))
+
+
+def test_a_transformer_of_an_unknown_class_is_taken_for_one_without_vanilla_attention() -> None:
+    kind = "AuraFlowPipeline"
+    defaults, more = unlisted.call_defaults(kind), {"summary": "", "parameters": 0}
+    model = unlisted.describe("mine", kind, "transformer", {"sample_size": 64}, 8, defaults, **more)
+    with pytest.raises(ValueError, match="compile requires sdpa on mine: add sdpa"):
+        plan.plan_recipe(model, Recipe("mine", ("bf16", "compile")), CPU)
+    assert plan.plan_recipe(model, Recipe("mine", ("bf16", "sdpa", "compile")), CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("sdxl", {}),
+        ("ssd-1b", {}),
+        ("sd15", {}),
+        ("sd15", {"transformer_layers_per_block": 3}),
+        ("sd15", {"transformer_layers_per_block": [5, 2, 1, 9]}),  # its last level has no attention, but its middle
+        ("sd15", {"transformer_layers_per_block": [5, 2, 1, 9], "mid_block_type": None}),
+        ("sd15", {"transformer_layers_per_block": 2, "dual_cross_attention": True}),
+        ("sd15", {"transformer_layers_per_block": 2, "attention_type": "gated"}),
+    ],
+)
+def test_blocks_in_a_row_are_counted_as_in_the_network(name: str, changes: dict[str, Any]) -> None:
+    config = json.loads((PACKAGE / "configs" / MODELS[name].configs / "unet.json").read_text()) | changes
+    with torch.device("meta"):
+        network = _from_config(config)
+    assert unlisted._chained_blocks(config) == chained.longest(network)
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("StableDiffusionXLPipeline", {"num_inference_steps": 50, "guidance_scale": 5.0, "height": None}),
+        ("PixArtAlphaPipeline", {"num_inference_steps": 20, "guidance_scale": 4.5, "use_resolution_binning": True}),
+    ],
+)
+def test_a_calls_defaults_are_those_that_python_sees(kind: str, expected: dict[str, Any]) -> None:
+    import inspect
+
+    import diffusers
+
+    found = unlisted.call_defaults(kind)
+    assert expected.items() <= found.items()
+    parameters = dict(inspect.signature(getattr(diffusers, kind).__call__).parameters)
+    assert {"self", *found} >= set(parameters) - {"kwargs"}
+
+
+def test_a_spec_carries_the_model_and_an_entrys_does_not(sd15: Path) -> None:
+    model = plan.find_model(str(sd15))
+    ladder = plan.plan_ladder("run", (Recipe("baseline"),), model, CPU, plan.Settings())
+    again = Ladder.from_dict(json.loads(json.dumps(ladder.to_dict())))
+    assert again == ladder
+    assert model_of(again.rungs[0]) == model
+    assert "/" not in ladder.id and " " not in ladder.id
+    listed = planned(model="sdxl").rungs[0]
+    assert listed.unlisted is None
+    assert model_of(listed) is MODELS["sdxl"]
+
+
+def test_what_was_measured_of_entries_before_keeps_its_hash() -> None:
+    data = planned().rungs[0].to_dict()
+    del data["unlisted"]  # as a spec of before has it
+    assert RunSpec.from_dict(data).conditions == planned().rungs[0].conditions
+
+
+def test_a_ladder_of_a_folder_is_resumed_and_that_of_another_folder_is_not(sd15: Path, tmp_path: Path) -> None:
+    def plan_it(folder: Path) -> Ladder:
+        model = plan.find_model(str(folder))
+        return plan.plan_ladder("run", (Recipe("baseline"),), model, CPU, plan.Settings(steps=1))
+
+    folder = spool.save_ladder(tmp_path / "spool", plan_it(sd15))
+    assert climbing.find_resumable(tmp_path / "spool", plan_it(sd15)) == folder
+    other = shutil.copytree(sd15, tmp_path / "elsewhere" / sd15.name)
+    assert climbing.find_resumable(tmp_path / "spool", plan_it(other)) is None
+
+
+def test_an_entrys_hub_id_is_the_entry() -> None:
+    assert plan.find_model("segmind/SSD-1B") is MODELS["ssd-1b"]
+    assert plan.find_model("stabilityai/stable-diffusion-xl-base-1.0") is MODELS["sdxl"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (
+            {"unet": [None, None], "prior": ["diffusers", "PriorTransformer"]},
+            "StableDiffusionPipeline has neither a unet nor a transformer: its parts are prior, ",
+        ),
+        ({"_class_name": "MyPipeline"}, "diffusers has no pipeline MyPipeline whose call could be read"),
+        ({"_class_name": ["mine", "MyPipeline"]}, "no class of diffusers in its model_index.json"),
+        (
+            {"_class_name": "StableDiffusionXLImg2ImgPipeline"},
+            "StableDiffusionXLImg2ImgPipeline doesn't go from text to image as is measured here: its call takes no he",
+        ),
+    ],
+)
+def test_what_is_no_such_pipeline_is_refused_naming_what_was_found(
+    changes: dict[str, Any], reason: str, altered: Any
+) -> None:
+    done = CliRunner().invoke(main, ("run", "--no-track", "--model", altered(**changes)))
+    assert (done.exit_code, reason in done.output) == (2, True), done.output
+
+
+def test_a_folder_that_is_no_model_or_is_none_is_refused(sd15: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is no model in diffusers' format: it has no model_index\.json"):
+        plan.find_model(str(tmp_path))
+    with pytest.raises(ValueError, match=r"There is no model '\./nowhere'"):
+        plan.find_model("./nowhere")
+    folder = shutil.copytree(sd15, tmp_path / "half")
+    (folder / "unet" / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"it has no unet/config\.json"):
+        plan.find_model(str(folder))
+    (folder / unlisted.INDEX).write_text("{")
+    with pytest.raises(ValueError, match="isn't JSON"):
+        plan.find_model(str(folder))
+
+
+def test_a_hub_that_cant_be_reached_is_exit_code_1_and_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    done = CliRunner().invoke(main, ("ladder", "--no-track", "--model", "nobody/nothing"))
+    assert done.exit_code == 1
+    assert "weights of nobody/nothing can't be reached (OfflineModeIsEnabled): --model FOLDER loads" in done.output
+    with pytest.raises(WeightsUnreachableError):
+        plan.find_model("nobody/nothing")
+
+
+def test_random_weights_need_an_entry(sd15: Path) -> None:
+    done = CliRunner().invoke(main, ("run", "--no-track", "--model", str(sd15), "--weights", "random"))
+    assert (done.exit_code, "my sd15 can't be built from random weights" in done.output) == (2, True)
+
+
+@pytest.mark.full
+def test_a_hub_id_in_the_cache_is_measured_offline_and_the_token_stays_a_secret(sd15: Path, tmp_path: Path) -> None:
+    """The command line with real workers: of a model that is whole, and of one whose VAE is gone."""
+    cached = tmp_path / "hub" / "models--somebody--private"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text(COMMIT)
+    shutil.copytree(sd15, cached / "snapshots" / COMMIT)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW")}
+    environment |= {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "HF_TOKEN": TOKEN}
+    command = (sys.executable, "-m", "diffusion_fast", "run", "--model", "somebody/private", "--with", "sdpa")
+    small = ("--steps", "1", "--height", "64", "--width", "64", "--device", "cpu")
+    done = subprocess.run((*command, *small), cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (folder,) = spool.find_ladders(tmp_path / "spool")
+    ((_, outcome),) = spool.outcomes(folder)
+    assert isinstance(outcome, Result)
+    assert (outcome.ckpt_id, outcome.pipeline_cls) == ("somebody/private", "StableDiffusionPipeline")
+    assert outcome.identical_to_reference or (outcome.psnr_db or 0) > 60
+    assert set(outcome.applied) == {"sdpa"}
+
+    (cached / "snapshots" / COMMIT / "vae" / WEIGHTS_FILE).unlink()
+    again = subprocess.run(
+        (*command, *small, "--no-track", "--spool", "failed"),
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode == 1
+    assert list((tmp_path / "failed").glob("*/reference/failure.json"))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"mlflow.db", "result.json", "log.txt"} <= {path.name for path in files}
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
+    assert TOKEN not in done.stdout + done.stderr + again.stdout + again.stderr
