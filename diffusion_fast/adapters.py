@@ -10,6 +10,7 @@ METHODS = (
     *("load_lora_adapter", "add_adapter", "delete_adapters", "unload_lora", "fuse_lora", "unfuse_lora"),
     *("load_adapter", "delete_adapter", "set_adapter", "set_adapters"),
     *("enable_adapters", "disable_adapters", "enable_lora", "disable_lora"),
+    *("resize_token_embeddings", "set_input_embeddings"),  # by which words are added to a text encoder, and taken away
 )
 
 
@@ -30,7 +31,14 @@ def _forgetting(method: Callable[..., Any], forget: Callable[[], None]) -> Calla
 
 
 def strengths(network: Any) -> Hashable:
-    """How strongly each adapter of a network is applied, which a call's arguments may change. Empty without any."""
+    """Which adapters of a network are applied, and how strongly. Empty without any.
+
+    Arguments of a call may change that, and pipelines do by way of the layers, past the network's methods.
+    """
     if not getattr(network, "_hf_peft_config_loaded", False):
         return ()
-    return tuple(tuple(module.scaling.items()) for module in network.modules() if hasattr(module, "scaling"))
+    return tuple(
+        (tuple(module.scaling.items()), tuple(module.active_adapters), module.disable_adapters)
+        for module in network.modules()
+        if hasattr(module, "scaling")
+    )

@@ -4,7 +4,6 @@ Importing this module has CUDA tensors go to them. `launch_NAME` starts the kern
 for the device, but for the first call of a shape that is autotuned.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -334,16 +333,9 @@ def _check_rows(w: torch.Tensor) -> None:
         raise ValueError(f"a product of rows of {size} bytes: they have to be a multiple of 16")
 
 
-@functools.cache
-def _ones(rows: int, device: torch.device) -> torch.Tensor:
-    """Kept, so that filling them isn't a launch in each step."""
-    with torch.inference_mode(False):
-        return torch.ones((rows, 1), device=device)
-
-
 def _scales(q: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
     """A scale for each row of q, also where its numbers are what they are."""
-    return _ones(q.shape[:-1].numel(), q.device) if scale is None else scale.contiguous()
+    return torch.ones((q.shape[:-1].numel(), 1), device=q.device) if scale is None else scale.contiguous()
 
 
 def launch_scaled_matmul(

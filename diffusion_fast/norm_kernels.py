@@ -326,7 +326,7 @@ def _work(
     shape = spans(channels, groups)
     count, part, rows = parts(images, pixels, shape, resident * _multiprocessors(x.device))
     lanes = triton.next_power_of_2(shape.groups)
-    if embedding is not None and embedding.stride(1) != 1:
+    if embedding is not None and (embedding.stride(1) != 1 or not embedding.stride(0)):
         embedding = embedding.contiguous()
     constants = {
         "CHANNELS": channels, "WIDTH": shape.width, "PER_GROUP": channels // groups, "BLOCK": shape.block,

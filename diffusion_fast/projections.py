@@ -104,18 +104,28 @@ class TimeProjections:
         replace_modules(denoiser, places.get)
         self.projections, self.activation = list(places.values()), activation
         self.sizes = [layer.out_features for layer in places]
-        self.weight = torch.cat([layer.weight.detach() for layer in places])  # (sum of sizes, features)
-        self.bias = torch.cat([_bias(layer) for layer in places])
-        for layer, weight in zip(places, self.weight.split(self.sizes), strict=True):
-            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+        self.join()
         self.kept: dict[Any, tuple[torch.Tensor, list[torch.Tensor]]] = {}  # by shape: as those of PromptProjections
         self.current: Any = None
         self.steps = 0
         denoiser.down_blocks[0].register_forward_pre_hook(self.before_blocks, with_kwargs=True)
 
+    def join(self) -> None:
+        """Make one matrix of the layers' weights, and one vector of their biases, which become parts of these."""
+        layers: list[Any] = [projection.layer for projection in self.projections]
+        self.weight = torch.cat([layer.weight.detach() for layer in layers])  # (sum of sizes, features)
+        self.bias = torch.cat([_bias(layer) for layer in layers])
+        for layer, weight, bias in zip(layers, self.weight.split(self.sizes), self.bias.split(self.sizes), strict=True):
+            layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+            if layer.bias is not None:
+                layer.bias = torch.nn.Parameter(bias, requires_grad=False)
+
     def before_blocks(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A hook of the first block, which is given the time embedding as all others are."""
         time = kwargs["temb"] if "temb" in kwargs else args[1]
+        first: Any = self.projections[0].layer
+        if first.weight.data_ptr() != self.weight.data_ptr():  # moved to another device
+            self.join()
         key = time.shape, time.dtype, time.device
         if key not in self.kept and len(self.kept) < MOST:
             with torch.inference_mode(False), torch.no_grad():

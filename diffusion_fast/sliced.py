@@ -24,7 +24,7 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
     scale = query.shape[-1] ** -0.5
     made = []
     for each in query.split(rows, dim=1):  # one after the other: eagerly, all scores would be there at once otherwise
-        scores = torch.bmm(each.float() * scale, wide)
+        scores = torch.bmm(each.float(), wide) * scale
         made.append(torch.bmm(scores.softmax(-1).to(value.dtype), value))
     return torch.cat(made, dim=1)
 

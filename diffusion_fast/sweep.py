@@ -17,7 +17,6 @@ from diffusion_fast.optimizations import compiles
 from diffusion_fast.spec import SWEEP, Ladder, Model
 
 SHARES = (1 / 2, 3 / 4, 1, 3 / 2)  # of the model's own height: of 1024 pixels 512, 768, 1024 and 1536
-GRID = 8  # pixels: what a VAE makes one of, so that sizes are multiples of it
 
 # column, heading, how a value reads
 COLUMNS = (
@@ -48,8 +47,8 @@ def plan_points(ladder: Ladder, model: Model, batch_sizes: str, sizes: str) -> L
     Both are numbers with commas between them; sizes are pixels, or "auto". Raises ValueError of one sentence.
     """
     (recipe,) = ladder.rungs
-    own = (int(share * model.height) // GRID * GRID for share in SHARES)
-    squares = tuple(own) if sizes == "auto" else _numbers(sizes, "--sizes", multiple_of=GRID)
+    own = (int(share * model.height) // model.multiple * model.multiple for share in SHARES)
+    squares = tuple(own) if sizes == "auto" else _numbers(sizes, "--sizes", multiple_of=model.multiple)
     shapes = list(product(squares, _numbers(batch_sizes, "--batch-sizes")))
     digits = max(2, len(str(len(shapes) - 1)))  # names sort as the points do
     points = tuple(

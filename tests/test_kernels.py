@@ -321,6 +321,16 @@ def test_without_scales_rows_are_what_they_are() -> None:
         assert torch.equal(launch(q, w, None, scale_w, None, torch.float32), with_ones)
 
 
+def test_an_embedding_that_all_images_share_is_added_to_each() -> None:
+    x, one = torch.randn(2, 64, 5, 5, generator=seeded(0)), torch.ones(64)
+    shared = torch.randn(1, 64, generator=seeded(1)).expand(2, -1)
+    made, plain = (
+        norm(x, 8, one, one, 1e-5, False, None, shared)
+        for norm in (norm_kernels.launch_group_norm_nhwc, operators.group_norm_nhwc)
+    )
+    torch.testing.assert_close(made, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_hidden_and_gate_take_turns_of_eight_rows() -> None:
     turned = operators.in_turns(torch.arange(48))
     assert turned.tolist() == [*range(8), *range(24, 32), *range(8, 16), *range(32, 40), *range(16, 24), *range(40, 48)]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderDC
+from diffusers.loaders.lora_base import disable_lora_for_text_encoder, set_adapters_for_text_encoder
 from peft import LoraConfig
 
 from diffusion_fast import roofline, worker
@@ -167,6 +168,31 @@ def test_an_adapter_of_a_text_encoder_has_prompts_encoded_anew() -> None:
     assert not made.pipe.encode_prompt(prompt=PROMPT)[0].equal(adapted)
     encoder.disable_adapters()
     assert made.pipe.encode_prompt(prompt=PROMPT)[0].equal(plain)
+
+
+def test_adapters_that_a_pipeline_switches_by_way_of_the_layers_have_prompts_encoded_anew() -> None:
+    made, _ = build(CACHE)
+    encoder = made.pipe.text_encoder
+    plain = made.pipe.encode_prompt(prompt=PROMPT)[0]
+    torch.manual_seed(0)
+    for name in ("one", "two"):
+        encoder.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), name)
+    pictures = []
+    for name in ("one", "two"):
+        set_adapters_for_text_encoder([name], encoder)
+        pictures.append(made.pipe.encode_prompt(prompt=PROMPT)[0])
+    assert not pictures[0].equal(pictures[1])
+    disable_lora_for_text_encoder(encoder)
+    assert made.pipe.encode_prompt(prompt=PROMPT)[0].equal(plain)
+
+
+def test_a_word_that_is_added_has_prompts_encoded_anew() -> None:
+    made, _ = build(CACHE)
+    encoder = made.pipe.text_encoder
+    before = made.pipe.encode_prompt(prompt=PROMPT)[0]
+    words = encoder.get_input_embeddings()
+    encoder.set_input_embeddings(torch.nn.Embedding.from_pretrained(words.weight + 1))
+    assert not made.pipe.encode_prompt(prompt=PROMPT)[0].equal(before)
 
 
 def test_no_more_prompts_are_kept_than_are_said(monkeypatch: pytest.MonkeyPatch) -> None:

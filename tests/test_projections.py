@@ -375,6 +375,34 @@ def test_other_batches_and_times_are_projected_anew() -> None:
         torch.testing.assert_close(made(**given).sample, plain(**given).sample, rtol=1e-4, atol=1e-5)
 
 
+def test_weights_that_are_loaded_or_moved_later_are_the_ones_that_count() -> None:
+    made, _ = build("time_projections")
+    shared, temb = together(made), torch.randn(2, 128)
+    layers = [projection.layer for projection in shared.projections]
+
+    def projected() -> torch.Tensor:
+        shared.before_blocks(None, (), {"temb": temb})
+        return shared.projections[3].made.clone()
+
+    before = projected()
+    for layer in layers:
+        layer.load_state_dict({"weight": layer.weight + 1, "bias": layer.bias + 1})
+    loaded = projected()
+    expected = torch.nn.functional.linear(torch.nn.functional.silu(temb), layers[3].weight, layers[3].bias)
+    torch.testing.assert_close(loaded, expected)
+    assert not torch.allclose(loaded, before)
+    for layer in layers:
+        layer.weight = torch.nn.Parameter(2 * layer.weight)  # elsewhere, as .to(device) leaves it
+    torch.testing.assert_close(projected() - layers[3].bias, 2 * (expected - layers[3].bias), rtol=1e-4, atol=1e-4)
+    assert layers[3].weight.data_ptr() == shared.weight.split(shared.sizes)[3].data_ptr()
+
+
+@pytest.mark.parametrize("other", ["int8_weight_only", "layerwise_casting"])
+def test_weights_that_are_stored_otherwise_are_refused_before_anything_loads(other: str) -> None:
+    with pytest.raises(ValueError, match=f"time_projections and {other} exclude each other"):
+        plan_recipe(MODELS["sdxl"], Recipe("mine", ("bf16", "sdpa", "time_projections", other)), H100)
+
+
 def test_past_so_many_batches_each_block_projects_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(projections, "MOST", 1)
     made = build("time_projections")[0]

@@ -250,6 +250,10 @@ def test_all_points_share_one_compile_cache_that_can_be_another(
     ("arguments", "says"),
     [
         (("--sizes", "100"), "--sizes takes multiples of 8, not 100."),
+        (
+            ("--model", "flux-schnell", "--weights", "random", "--sizes", "520"),
+            "--sizes takes multiples of 16, not 520.",
+        ),
         (("--sizes", "64,0"), "--sizes takes whole numbers above 0 with commas between them, not '0'."),
         (("--sizes", "64,64"), "--sizes has 64 twice."),
         (("--sizes", "64,large"), "not 'large'."),

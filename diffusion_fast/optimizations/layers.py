@@ -534,7 +534,11 @@ def _given_the_prompt(build: Build) -> list[Any]:
 # Compiling the whole denoiser would take in where the projections are kept; besides, Inductor sees them all there.
 @optimization(
     stage="hoist",
-    excludes=("compile", "ahead_of_time"),
+    # Numbers that are stored otherwise than they are multiplied can't be joined.
+    excludes=(
+        *("compile", "ahead_of_time", "layerwise_casting"),
+        *("int8_weight_only", "fp8_weight_only", "int4_weight_only"),
+    ),
     imports=("diffusion_fast.projections",),
     model_needs="unet",
     takes_adapters=False,
@@ -587,6 +591,7 @@ def _given_the_time(build: Build) -> list[Any]:
         for module in build.denoiser.modules()
         if isinstance(module, ResnetBlock2D)
         and type(module.time_emb_proj) is torch.nn.Linear
+        and type(module.time_emb_proj.weight.data) is torch.Tensor  # not torchao's
         and type(module.nonlinearity) is torch.nn.SiLU
         and not module.skip_time_act
     ]
