@@ -264,12 +264,12 @@ def _list_models() -> None:
 @one_shape
 @measuring
 @tracked
-def ladder(name: str, only: str, device: str, **chosen: Any) -> None:
+def ladder(name: str, only: str, device: str, model: str, **chosen: Any) -> None:
     """Measure a ladder of recipes, a fresh process each, and record every rung as an MLflow run."""
     with errors_exit():
-        found = plan.find_device(device)
-        recipes, notes = plan.find_ladder(name, found, plan.find_model(chosen["model"]))
-    _measure(name, recipes, notes, found, only=_names(only), **chosen)
+        where, found = plan.find_device(device), plan.find_model(model)
+        recipes, notes = plan.find_ladder(name, where, found)
+    _measure(name, recipes, notes, where, found, only=_names(only), **chosen)
 
 
 @main.command()
@@ -379,11 +379,13 @@ def sweep_(**chosen: Any) -> None:
     _measure_one(SWEEP, **chosen)
 
 
-def _measure_one(what: str, *, names: str, recipe_name: str, ladder_name: str, device: str, **chosen: Any) -> None:
+def _measure_one(
+    what: str, *, names: str, recipe_name: str, ladder_name: str, device: str, model: str, **chosen: Any
+) -> None:
     with errors_exit():
-        found = plan.find_device(device)
-        recipe, notes = _chosen_recipe(names, recipe_name, ladder_name, found, plan.find_model(chosen["model"]))
-    _measure(what, (recipe,), notes, found, only=(), **chosen)
+        where, found = plan.find_device(device), plan.find_model(model)
+        recipe, notes = _chosen_recipe(names, recipe_name, ladder_name, where, found)
+    _measure(what, (recipe,), notes, where, found, only=(), **chosen)
 
 
 def _chosen_recipe(
@@ -409,9 +411,9 @@ def _measure(
     recipes: tuple[Recipe, ...],
     notes: tuple[str, ...],
     device: plan.Device,
+    model: Model,
     *,
     only: tuple[str, ...],
-    model: str,
     weights: str,
     compile_mode: str,
     prompt: str,
@@ -436,15 +438,14 @@ def _measure(
 ) -> None:
     with ExitStack() as held:
         with errors_exit():
-            found = plan.find_model(model)
-            kept = read_kept(keep, found.name) if keep else ()
+            kept = read_kept(keep, model.name) if keep else ()
             chosen = _settings(weights, compile_mode, prompt, guidance, kept=kept, **settings)
             first = rounds if until is None else max(rounds, UNTIL_ROUNDS)
             if until is not None and max_rounds < first:
                 raise ValueError(f"--until plans {first} rounds, and --max-rounds {max_rounds} is less.")
-            planned = plan.plan_ladder(name, recipes, found, device, chosen, notes)
+            planned = plan.plan_ladder(name, recipes, model, device, chosen, notes)
             if name == SWEEP:
-                planned = sweep.plan_points(planned, found, batch_sizes, sizes)
+                planned = sweep.plan_points(planned, model, batch_sizes, sizes)
             named = {climbing.resolve(planned, each) for each in only}
             if until is not None and named and planned.rungs[0].rung not in named:
                 raise ValueError(
@@ -460,7 +461,7 @@ def _measure(
                 planned = saved_cache.start_from(loaded, planned)
             if exclusive:
                 plan.refuse_company(device)
-            check_weights(found, planned.rungs[0].weights, plan.hub_parts(planned, found))
+            check_weights(model, planned.rungs[0].weights, plan.hub_parts(planned, model))
             if not no_track and importlib.util.find_spec("mlflow") is None:
                 raise ValueError("mlflow isn't installed: --no-track measures without it, and `sync` records later.")
             resumed = climbing.find_resumable(root, planned) if resume else None
