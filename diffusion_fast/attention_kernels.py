@@ -79,11 +79,11 @@ def _fitting(candidates: list[Any], arguments: dict[str, Any], **constants: Any)
 @triton.jit(do_not_specialize=["QUERIES", "KEYS", "HEADS"])
 def _attention_kernel(
     q, k, v, out, scale, QUERIES, KEYS, HEADS, DIM: tl.constexpr, WIDTH: tl.constexpr,
-    ALONE: tl.constexpr, WHOLE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, TILES: tl.constexpr,
+    ALONE: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """q (BATCH, QUERIES, HEADS, DIM), k and v (BATCH, KEYS, HEADS, DIM) → out as q; scale is for exponents of two.
 
-    Heads are WIDTH wide as a tile. KEYS are ALONE in one block, for TILES of queries, or WHOLE blocks. To fp8 the
+    Heads are WIDTH wide as a tile. KEYS are ALONE in one block, for TILES of queries, or in many. To fp8 the
     processor's own conversion saturates.
     """
     # A head's queries first: its keys and values stay in the cache that all multiprocessors share.
@@ -113,7 +113,10 @@ def _attention_kernel(
             weights, most, total, shrunk = _weights(scores, scale, most, total)
             values = v.load([batch, start, head, 0]).reshape(SECOND, WIDTH)
             made = tl.dot(weights.to(v.dtype), values, made * shrunk[:, None])
-        if not WHOLE:  # a block that ends beyond the keys; none of them may be in it, but then others went before
+        # A block that ends beyond the keys. Reading queries after the loop, too, has the assembler keep them: else
+        # (12.8 and 13.0, blocks of 64 keys) their registers hold the first round's weights from then on, and every
+        # later round multiplies weights by keys.
+        if whole < KEYS:
             scores = tl.dot(queries, k.load([batch, whole, head, 0]).reshape(SECOND, WIDTH).T)
             scores = tl.where((whole + tl.arange(0, SECOND) < KEYS)[None, :], scores, float("-inf"))
             weights, most, total, shrunk = _weights(scores, scale, most, total)
@@ -171,7 +174,6 @@ def launch_attention(
         _attention_kernel[programs](
             _described(q), _described(k), _described(v), out, scale * math.log2(math.e), queries, keys, heads,
             DIM=dimension, WIDTH=max(32, triton.next_power_of_2(dimension)), ALONE=keys <= ONE_BLOCK,
-            WHOLE=keys % 128 == 0,
         )  # fmt: skip
     return out
 
