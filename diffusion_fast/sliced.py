@@ -32,8 +32,16 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
 class SlicedAttention:
     """An attention processor for a VAE's image with one head, fused projections or not."""
 
-    def __call__(self, attn: Attention, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """hidden_states: (images, channels, height, width). Returns the same shape."""
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: None = None,
+        attention_mask: None = None,
+        temb: None = None,
+    ) -> torch.Tensor:
+        """hidden_states: (images, channels, height, width). Returns the same shape. The rest is what every processor
+        is called with, and a VAE has none of it."""
         tokens = hidden_states.flatten(2)
         if attn.group_norm is not None:
             tokens = attn.group_norm(tokens)

@@ -450,6 +450,9 @@ def _by_torchao(build: Build, config: Any, kind: str, chosen: set[Any]) -> dict[
 
 
 LEAST_ROWS = {"cuda": 256, "cpu": 17}
+# Attention's kernel doesn't quantize what it writes, so that the layer behind it has to, in a kernel of its own. On an
+# H100 that took 3.7 µs for SDXL's 2048 rows of 1280, and eight bits gave back 2.0 (docs/experiments.md).
+LEAST_FEATURES_BEHIND_ATTENTION = 2048
 
 
 @optimization(
@@ -576,18 +579,29 @@ def _eight_bits(build: Build) -> dict[str, Any]:
 def eligible(build: Build) -> tuple[dict[Any, int], dict[str, Any]]:
     """The rows of each linear layer, and by name the denoiser's layers that are worth eight bits.
 
-    With few rows, reading the weights takes longer than multiplying, and quantizing the input longer than both.
+    With few rows, reading the weights takes longer than multiplying, and quantizing the input longer than both. Behind
+    attention it is the features that have to be many.
     """
     import torch
 
     rows = _rows_per_linear(build)
+    behind = _behind_attention(build.denoiser)
     return rows, {
         name: module
         for name, module in build.denoiser.named_modules()
         if isinstance(module, torch.nn.Linear)
         and rows.get(module, 0) >= LEAST_ROWS[build.spec.device]
         and module.in_features % 16 == module.out_features % 16 == 0
+        and (module not in behind or min(module.weight.shape) >= LEAST_FEATURES_BEHIND_ATTENTION)
     }
+
+
+def _behind_attention(network: Any) -> set[Any]:
+    """The first layers of what diffusers' attention modules, of every class, call their ways out."""
+    import torch
+
+    ways = (getattr(module, name, None) for module in network.modules() for name in ("to_out", "to_add_out"))
+    return {way[0] if isinstance(way, torch.nn.ModuleList) else way for way in ways if way is not None}
 
 
 def _rows_per_linear(build: Build) -> dict[Any, int]:
