@@ -1,9 +1,9 @@
 """Does the harness time what a bare loop times?
 
-    python scripts/stopwatch.py                                            # the bundled model, calls of a second or so
-    python scripts/stopwatch.py --model sdxl --weights random --steps 5 --batch-size 4  # on a GPU
+    python scripts/stopwatch.py                              # the bundled model, calls of a second or so
+    python scripts/stopwatch.py --model sdxl --weights random --steps 10 --with bf16,sdpa,cuda_graph  # on a GPU
 
-One process has one pipeline (bf16, SDPA), which is called in turns by the harness, as a worker does, and by a bare loop
+One process has one pipeline, which is called in turns by the harness, as a worker does, and by a bare loop
 with nothing but a clock: the wall clock on a CPU, CUDA events on a GPU. A machine's speed varies more from minute to
 minute than any stopwatch; so what is compared are neighbouring calls.
 """
@@ -55,15 +55,14 @@ def bare(spec: RunSpec, pipe: Any) -> float:
 
     settings = {"num_inference_steps": spec.steps, "guidance_scale": spec.guidance_scale}
     settings |= {"height": spec.height, "width": spec.width}
-    prompts = [spec.prompt] * spec.batch_size
     generator = torch.Generator("cpu").manual_seed(spec.seed)
     if spec.device == "cpu":
         start = time.perf_counter()
-        pipe(prompts, generator=generator, **settings)
+        pipe(spec.prompt, generator=generator, **settings)
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    pipe(prompts, generator=generator, **settings)
+    pipe(spec.prompt, generator=generator, **settings)
     end.record()
     end.synchronize()
     return float(begin.elapsed_time(end)) / 1000
@@ -74,7 +73,9 @@ def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--weights")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=1, help="Large enough, the GPU is waited for, not the CPU.")
+    parser.add_argument(
+        "--with", dest="names", default="bf16,sdpa", help="Optimizations. A GPU's calls vary less as a cuda_graph."
+    )
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--turns", type=int, default=60, help="Calls by each, in each process.")
     parser.add_argument("--spec", type=Path, help=argparse.SUPPRESS)
@@ -82,10 +83,8 @@ def main() -> None:
     if chosen.spec:
         turns(chosen.spec, chosen.turns)
         return
-    settings = plan.Settings(
-        weights=chosen.weights, steps=chosen.steps, batch_size=chosen.batch_size, accuracy_prompts=0
-    )
-    recipe = Recipe("bf16-sdpa", ("bf16", "sdpa"))
+    settings = plan.Settings(weights=chosen.weights, steps=chosen.steps, accuracy_prompts=0)
+    recipe = Recipe("stopwatch", tuple(chosen.names.split(",")))
     ladder = plan.plan_ladder("stopwatch", (recipe,), plan.find_model(chosen.model), plan.find_device(), settings)
     ratios: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
