@@ -21,9 +21,7 @@ from diffusion_fast.operators import (
     SMALLEST_SCALE,
     TOGETHER,
     Quantized,
-    cast_matmul,
     channels_last,
-    check_cast_matmul,
     check_length,
     check_linear_geglu,
     check_matmul,
@@ -387,71 +385,6 @@ def launch_triton_matmul(
 
 
 scaled_matmul.register_kernel("cuda")(launch_scaled_matmul)
-
-
-# Rows of 16 bits by weights in fp8: cast where they are read, in registers, from which the tensor cores take the first
-# side. A product waits for its rows to be cast, so that programs beside each other have to fill the time: small tiles.
-def _set_cast_tiles(arguments: dict[str, Any]) -> None:
-    for name, side in (("x", "FIRST"), ("w", "SECOND")):
-        arguments[name].block_shape = [arguments[side], arguments["DEPTH"]]
-
-
-@triton.autotune(
-    configs=_candidates(
-        _set_cast_tiles,
-        (128, 128, 128, 8, 3),
-        (128, 128, 64, 4, 4),
-        (128, 256, 64, 8, 3),
-        (64, 128, 128, 4, 4),
-        (64, 128, 64, 4, 5),
-    ),
-    key=["ROWS", "OUT", "IN"],
-    do_bench=_time,
-)
-@triton.jit(do_not_specialize=["ROWS", "IN"])
-def _cast_matmul_kernel(
-    x, w, scale_w, bias, out, ROWS, OUT, IN,
-    BIASED: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, DEPTH: tl.constexpr,
-):  # fmt: skip
-    """x (ROWS, IN) of 16 bits, w (OUT, IN) in fp8 → out (ROWS, OUT); the cast saturates, as the processor does."""
-    program, across = tl.program_id(0), tl.cdiv(OUT, SECOND)
-    group = program // (8 * across)  # as in _matmul_kernel
-    rows_in_group = tl.minimum(tl.cdiv(ROWS, FIRST) - group * 8, 8)
-    first = (group * 8 + program % (8 * across) % rows_in_group) * FIRST
-    second = program % (8 * across) // rows_in_group * SECOND
-    total = tl.zeros((FIRST, SECOND), dtype=tl.float32)
-    for depth in range(0, IN, DEPTH):
-        total = tl.dot(x.load([first, depth]).to(w.dtype), w.load([second, depth]).T, total)
-    row, column = first + tl.arange(0, FIRST), second + tl.arange(0, SECOND)
-    total *= tl.load(scale_w + column, mask=column < OUT)[None, :]
-    if BIASED:
-        total += tl.load(bias + column, mask=column < OUT).to(tl.float32)[None, :]
-    at = out + row.to(tl.int64)[:, None] * OUT + column[None, :]
-    tl.store(at, total.to(out.dtype.element_ty), mask=(row < ROWS)[:, None] & (column < OUT)[None, :])
-
-
-def launch_cast_matmul(
-    x: torch.Tensor, w: torch.Tensor, scale_w: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    """`cast_matmul` by its Triton kernel. ValueError where the copy engine can't read the rows."""
-    check_cast_matmul(x, w, scale_w, bias)
-    columns, depth = w.shape
-    _check_rows(w)
-    out = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
-    if out.numel():
-        flat = x.reshape(-1, depth).contiguous()
-
-        def programs(chosen: dict[str, Any]) -> tuple[int]:
-            return (triton.cdiv(len(flat), chosen["FIRST"]) * triton.cdiv(columns, chosen["SECOND"]),)
-
-        _cast_matmul_kernel[programs](
-            _described(flat), _described(w.contiguous()), scale_w.contiguous(), bias, out, len(flat), columns, depth,
-            BIASED=bias is not None,
-        )  # fmt: skip
-    return out
-
-
-cast_matmul.register_kernel("cuda")(launch_cast_matmul)
 
 
 # A feed-forward's first linear with its GEGLU: what is activated and multiplied is still in registers, so that half as

@@ -42,11 +42,6 @@ def quantized(x: torch.Tensor, amax: torch.Tensor, dtype: torch.dtype) -> Quanti
     return scaled.to(dtype), scale
 
 
-def saturated(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x in another dtype; what is beyond fp8's largest number becomes that."""
-    return (x.clamp(-LARGEST[dtype], LARGEST[dtype]) if dtype in LARGEST else x).to(dtype)
-
-
 def quantized_rows(x: torch.Tensor, dtype: torch.dtype) -> Quantized:
     """x (..., columns) in fp32, each row by a scale of its own (rows, 1)."""
     q, scale = quantized(x, x.abs().amax(-1, keepdim=True), dtype)
@@ -173,38 +168,6 @@ def _(
 ) -> torch.Tensor:
     check_matmul(q, w, scale_q, scale_w, bias)
     return torch.empty((*q.shape[:-1], w.shape[0]), dtype=out_dtype, device=q.device)
-
-
-def check_cast_matmul(x: torch.Tensor, w: torch.Tensor, scale_w: torch.Tensor, bias: torch.Tensor | None) -> None:
-    if x.dtype not in (torch.bfloat16, torch.float16) or w.dtype != torch.float8_e4m3fn:
-        raise ValueError(
-            f"a product of {x.dtype}, cast, and {w.dtype}: it takes torch.bfloat16 or torch.float16, and "
-            "torch.float8_e4m3fn"
-        )
-    if w.ndim != 2 or x.shape[-1] != w.shape[1]:
-        raise ValueError(f"a product of {tuple(x.shape)} by {tuple(w.shape)}: rows of both have to be equally long")
-    check_length("scale_w", scale_w, w.shape[0])
-    if bias is not None:
-        check_length("the bias", bias, w.shape[0])
-
-
-@torch.library.custom_op("diffusion_fast::cast_matmul", mutates_args=(), device_types="cpu")
-def cast_matmul(x: torch.Tensor, w: torch.Tensor, scale_w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """`scaled_matmul` of rows that are cast to fp8 as they are, saturating: x (..., in), w (out, in) → (..., out).
-
-    x is bf16 or fp16, which the result is too, w torch.float8_e4m3fn (else ValueError), scale_w (1, out) in fp32. There
-    is no scale of x: it belongs into what made x, and into scale_w. On a GPU `in` is a multiple of 16.
-    """
-    check_cast_matmul(x, w, scale_w, bias)
-    cast = saturated(x.float(), w.dtype)
-    made: torch.Tensor = scaled_matmul(cast, w, torch.ones(x.shape[:-1].numel(), 1), scale_w, bias, x.dtype)
-    return made
-
-
-@cast_matmul.register_fake
-def _(x: torch.Tensor, w: torch.Tensor, scale_w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    check_cast_matmul(x, w, scale_w, bias)
-    return torch.empty((*x.shape[:-1], w.shape[0]), dtype=x.dtype, device=x.device)
 
 
 TOGETHER = 8  # rows of hidden, and then as many of gate
@@ -551,6 +514,11 @@ def check_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: fl
 def takes_heads_of(dimension: int) -> bool:
     """Whether `attention` takes heads so wide."""
     return 0 < dimension <= WIDEST_HEAD and dimension % 8 == 0
+
+
+def saturated(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x in another dtype; what is beyond fp8's largest number becomes that."""
+    return (x.clamp(-LARGEST[dtype], LARGEST[dtype]) if dtype in LARGEST else x).to(dtype)
 
 
 @torch.library.custom_op("diffusion_fast::attention", mutates_args=(), device_types="cpu")

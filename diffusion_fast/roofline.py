@@ -19,8 +19,7 @@ from diffusion_fast.modules import stored_bytes
 from diffusion_fast.optimizations import Build, left_out
 
 KINDS = ("linear", "convolution", "attention")
-# Operators of ours: rows, weights, and what else.
-LINEARS = ("scaled_matmul", "cast_matmul", "linear_geglu", "scaled_matmul_geglu")
+LINEARS = ("scaled_matmul", "linear_geglu", "scaled_matmul_geglu")  # operators of ours: rows, weights, and what else
 # Batched matmuls are attention's alone, and the rest of what is counted are its fused kernels.
 KIND_OF = {
     **dict.fromkeys(("aten.mm", "aten.addmm", "aten._int_mm", "aten._scaled_mm"), "linear"),

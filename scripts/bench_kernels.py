@@ -182,33 +182,6 @@ def matmul_cases(device: str, check: bool) -> Iterator[Case]:
         yield Case("scaled_matmul", f"{rows}×{columns}×{depth}", 0, 2 * rows * columns * depth, make)
 
 
-def cast_matmul_cases(device: str, check: bool) -> Iterator[Case]:
-    """Linears behind attention: rows that a scale is found for, or that are cast where they are multiplied."""
-    for rows, columns, depth in ((2048, 1280, 1280), (8192, 640, 640)) if not check else ((20, 32, 32),):
-
-        def make(rows: int = rows, columns: int = columns, depth: int = depth) -> dict[str, Call]:
-            x, w = normal(rows, depth, device=device), normal(columns, depth, device=device)
-            bias = normal(columns, device=device)
-            w8, sw8 = kernels.launch_quantize_rows(w, FP8)
-            sw8 = sw8.reshape(1, -1)
-            q8, sq8 = kernels.launch_quantize_rows(x, FP8)
-
-            def by_two() -> torch.Tensor:
-                q, scale = kernels.launch_quantize_rows(x, FP8)
-                return torch._scaled_mm(q, w8.t(), scale, sw8, bias, out_dtype=BF16, use_fast_accum=True)
-
-            return {
-                "quantize_rows, _scaled_mm": by_two,
-                "ours, cast within": lambda: kernels.launch_cast_matmul(x, w8, sw8, bias),
-                "_scaled_mm alone": lambda: torch._scaled_mm(
-                    q8, w8.t(), sq8, sw8, bias, out_dtype=BF16, use_fast_accum=True
-                ),
-                "cuBLAS bf16": lambda: F.linear(x, w, bias),
-            }
-
-        yield Case("cast_matmul", f"{rows}×{columns}×{depth}", 0, 2 * rows * columns * depth, make)
-
-
 def geglu_cases(device: str, check: bool) -> Iterator[Case]:
     """A feed-forward's first linear with its GEGLU, and both with what the second linear in eight bits needs."""
     for rows, columns, depth in ((2048, 10240, 1280), (8192, 5120, 640)) if not check else ((20, 32, 32),):
@@ -521,19 +494,6 @@ def agreements(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
 
             yield f"group_norm, {channels}, to {NAMES[dtype]}", quantized
 
-    rows, w, bias = torch.randn(300, 640).to(BF16), torch.randn(272, 640), torch.randn(272).to(BF16)
-    rows[0, :9] = 1000.0  # saturates
-    weights, scale_w = operators.quantize_rows(w, FP8)
-    cast = (rows, weights, scale_w.reshape(1, -1), bias)
-    for config in kernels._cast_matmul_kernel.configs:
-
-        def agree_cast(config: Any = config, given: Any = cast) -> str:
-            with only(kernels._cast_matmul_kernel, config):
-                return compare(kernels.launch_cast_matmul(*moved(given)), operators.cast_matmul(*given))
-
-        tile = config.kwargs
-        yield f"cast_matmul, {tile['FIRST']}×{tile['SECOND']}×{tile['DEPTH']}, {config.num_warps} warps", agree_cast
-
     # Every tile, too: queries that fill none, keys that fill one, many, or some and a bit of the next.
     tuner = attention_kernels._attention_kernel
     for keys in (1024, 1000, 77) if device == "cuda" else (64, 70, 20):
@@ -643,7 +603,7 @@ def main() -> None:
     columns = f"{'kernel':26}{'shape':20}{'by':28}{'µs':>9}{'GB/s':>8}{'TFLOP/s':>9}{'ratio':>7}"
     print(f"\n{columns}   after {time.monotonic() - start:.0f} s")
     families = (
-        *(row_cases, matmul_cases, cast_matmul_cases, geglu_cases, attention_cases),
+        *(row_cases, matmul_cases, geglu_cases, attention_cases),
         *(convolution_cases, image_cases, group_norm_cases),
     )
     for case in itertools.chain.from_iterable(family(device, options.check) for family in families):

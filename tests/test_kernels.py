@@ -204,45 +204,6 @@ def test_integers_add_up_beyond_what_a_float_holds() -> None:
     assert torch.equal(made, operators.scaled_matmul(q, w, ones(3, 1), ones(1, 5), None, torch.float32))
 
 
-@pytest.mark.parametrize("of", operators.HALVES, ids=str)
-@pytest.mark.parametrize("biased", (False, True))
-@pytest.mark.parametrize("rows, columns, depth", PRODUCTS)
-def test_a_product_of_cast_rows_is_that_of_their_nearest_in_eight_bits(
-    rows: int, columns: int, depth: int, biased: bool, of: torch.dtype
-) -> None:
-    x = awkward(rows, depth, torch.float32, seed=rows).to(of)  # with numbers beyond 448
-    w, scale_w = operators.quantize_rows(torch.randn(columns, depth, generator=seeded(1)), torch.float8_e4m3fn)
-    scale_w = scale_w.reshape(1, -1)
-    bias = torch.randn(columns, generator=seeded(2)).to(of) if biased else None
-    cast = x.float().clamp(-448, 448).to(torch.float8_e4m3fn).double()
-    exact = cast @ w.double().t() * scale_w + (0 if bias is None else bias.double())
-    size = cast.abs() @ w.double().abs().t() * scale_w
-    allowed = size * 2.0**-24 * (depth + 4) + exact.abs() * torch.finfo(of).eps / 2 + torch.finfo(of).tiny
-    for multiply in (kernels.launch_cast_matmul, operators.cast_matmul):
-        made = multiply(x, w, scale_w, bias)
-        assert made.dtype == of and made.shape == (rows, columns)
-        beyond = exact.abs() > torch.finfo(of).max
-        assert ((made.double() - exact).abs() <= allowed)[~beyond].all()
-
-
-def test_cast_products_that_cant_be_are_refused() -> None:
-    x, w, one = torch.ones(2, 3, 16).bfloat16(), torch.ones(4, 16).to(torch.float8_e4m3fn), torch.ones(1, 4)
-    for multiply in (kernels.launch_cast_matmul, operators.cast_matmul):
-        assert multiply(x, w, one, None).shape == (2, 3, 4)
-        with pytest.raises(ValueError, match=r"of torch\.float32, cast, and torch\.float8_e4m3fn: it takes"):
-            multiply(x.float(), w, one, None)
-        with pytest.raises(ValueError, match=r"of torch\.bfloat16, cast, and torch\.int8"):
-            multiply(x, w.float().to(torch.int8), one, None)
-        with pytest.raises(ValueError, match=r"\(2, 3, 8\) by \(4, 16\)"):
-            multiply(x[..., :8], w, one, None)
-        with pytest.raises(ValueError, match="scale_w has 3 numbers: 4"):
-            multiply(x, w, one[:, :3], None)
-        with pytest.raises(ValueError, match="the bias has 3 numbers: 4"):
-            multiply(x, w, one, one[0, :3])
-    with pytest.raises(ValueError, match="rows of 8 bytes"):
-        kernels.launch_cast_matmul(x[..., :8], w[:, :8], one, None)
-
-
 GATED = ((1, 16, 16), (5, 32, 16), (33, 80, 48), (70, 208, 64), (130, 48, 640))  # the second are hidden and gate
 
 
@@ -739,7 +700,6 @@ def operations(dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
         (operators.layer_norm_quantize_rows, (x, torch.ones(16), torch.zeros(16), 1e-5, dtype)),
         (operators.group_norm_nhwc, (image, 4, torch.ones(16), torch.zeros(16), 1e-5, True, None, image[:, :, 0, 0])),
         (operators.group_norm_quantize_nhwc, (image, 4, torch.ones(16), torch.zeros(16), 1e-5, True, dtype)),
-        (operators.cast_matmul, (x.bfloat16(), operators.saturated(x[0], torch.float8_e4m3fn), torch.ones(1, 3), None)),
         (operators.attention, (*halves_of_heads.unbind(2), 0.25, torch.bfloat16)),
     ]
 

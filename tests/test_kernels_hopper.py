@@ -108,25 +108,6 @@ def test_products_use_the_tensor_cores_and_the_copy_engine(config: Any, of: str,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("of", ("bf16", "fp16"))
-@pytest.mark.parametrize("config", one_and_full(kernels._cast_matmul_kernel.configs))
-def test_rows_are_cast_in_registers_on_their_way_to_the_tensor_cores(config: Any, of: str, tmp_path: Path) -> None:
-    tile = config.kwargs
-    types = dict.fromkeys(("ROWS", "OUT", "IN"), "i32") | {"scale_w": "*fp32", "out": f"*{of}", "bias": f"*{of}"}
-    types["x"] = f"tensordesc<{of}[{tile['FIRST']}, {tile['DEPTH']}]>"
-    types["w"] = f"tensordesc<fp8e4nv[{tile['SECOND']}, {tile['DEPTH']}]>"
-    ptx, usage = compiled(
-        kernels._cast_matmul_kernel.fn, types, tmp_path, BIASED=True,
-        num_warps=config.num_warps, num_stages=config.num_stages, **tile,
-    )  # fmt: skip
-    assert "cp.async.bulk.tensor" in ptx and re.search(r"cvt\.rn\.satfinite\.e4m3x2\.f(32|16x2)", ptx)
-    assert re.findall(r"wgmma\.mma_async\S+e4m3\.e4m3 \{[^}]*\}, \{", ptx)  # the first from registers
-    assert usage["STACK"] == usage["LOCAL"] == 0 and usage["SHARED"] <= 227 * 1024
-    code = machine_code(tmp_path / "kernel.cubin").splitlines()
-    products = [number for number, line in enumerate(code) if "QGMMA." in line]
-    assert not any(re.search(r"\b(STS|STSM|SHFL)\b", line) for line in code[products[0] : products[-1]])
-
-
 @pytest.mark.parametrize(("of", "out"), [*((each, "bf16") for each in TRITON_TYPES), ("fp8e4nv", "fp8e4nv")])
 @pytest.mark.parametrize("config", one_and_full(kernels._linear_geglu_kernel.configs))
 def test_linears_with_geglu_never_wait_between_their_products(config: Any, of: str, out: str, tmp_path: Path) -> None:
