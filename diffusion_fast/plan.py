@@ -40,7 +40,7 @@ class Settings:
     prompt: str | None = None
     weights: str | None = None
     steps: int | None = None
-    batch_size: int = 1
+    batch_size: int | None = None  # None: of no measurement (`optimize`), or of each point of a sweep
     height: int | None = None
     width: int | None = None
     guidance_scale: float | None = None
@@ -181,7 +181,7 @@ def plan_ladder(
         known = lookup("optimization", each, OPTIMIZATIONS)
         if known.needs_guidance and scale <= 1:
             raise ValueError(f"{each} needs a guidance scale above 1, and there is no guidance at {scale:g}.")
-        if settings.batch_size < known.least_batch:
+        if settings.batch_size is not None and settings.batch_size < known.least_batch:
             raise ValueError(
                 f"{each} has no effect on a batch of {settings.batch_size}: take {known.least_batch} or more."
             )
@@ -212,7 +212,7 @@ def plan_ladder(
             compile_mode=_compile_mode(recipe, settings, device),
             prompt=prompt,
             steps=max(model.least_steps, round(recipe.steps_share * (settings.steps or model.steps))),
-            batch_size=settings.batch_size,
+            batch_size=settings.batch_size or 1,
             height=settings.height or model.height,
             width=settings.width or model.width,
             guidance_scale=scale,
