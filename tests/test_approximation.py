@@ -215,6 +215,19 @@ def test_each_branch_of_guidance_is_served_what_it_computed_itself(
     assert made.proofs["pyramid_attention_broadcast"]()["computed"] == 2 * proof["computed"]
 
 
+def test_a_pipeline_that_was_called_before_knows_of_the_first_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FLUX names the branches of guidance to the hooks that diffusers has found, which were none in that call."""
+    monkeypatch.setattr(approximation, "FIRST_BLOCK_CHANGE", 10.0)
+    made, _ = small("flux-dev", tmp_path, monkeypatch, "sdpa")
+    pixels(made)
+    second = calls_of(made.denoiser.transformer_blocks[1].ff.net[2])
+    OPTIMIZATIONS["first_block_cache"].apply(made)
+    pixels(made)
+    assert len(second) == 1
+
+
 @pytest.mark.parametrize("name", ["first_block_cache", "pyramid_attention_broadcast"])
 def test_what_skips_a_transformers_modules_is_refused_elsewhere_and_where_it_would_be_compiled(name: str) -> None:
     pixart = MODELS["pixart-alpha"]

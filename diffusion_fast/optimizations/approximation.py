@@ -308,6 +308,7 @@ class HookedModules:
             hook.fn_ref.original_forward = self._counting(hook.fn_ref.original_forward)
         self.calls = self.computed = 0  # of the denoiser, of the modules
         self.registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+        self.registry.invalidate_child_registries_cache()  # of a call before, which these hooks were not there for
         _at_the_start_of_each_call(pipe, self.restart)
         denoiser.register_forward_pre_hook(self._begin)
 
