@@ -274,10 +274,16 @@ def hub_parts(ladder: Ladder, model: Model) -> set[str]:
 def find_model(name: str) -> Model:
     """A model by its name, or by a folder or hub id that need be no entry's.
 
-    Raises ValueError where there is none, WeightsUnreachableError where only the hub would know.
+    Raises ValueError where there is none, WeightsUnreachableError where the hub has it and doesn't give it.
     """
     listed = MODELS.get(name) or next((each for each in MODELS.values() if name and each.hub_id == name), None)
-    return listed or unlisted.find(name) or lookup("model", name, MODELS)
+    try:
+        return listed or unlisted.find(name) or lookup("model", name, MODELS)
+    except unlisted.NowhereError as error:
+        near = _nearest(name, [*MODELS, *(each.hub_id for each in MODELS.values())]) or MODELS
+        raise ValueError(
+            f"The model {name!r} can't be found (it is no folder, {error}): the nearest are {', '.join(near)}."
+        ) from error
 
 
 def find_ladder(name: str, device: Device, model: Model) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
@@ -331,5 +337,9 @@ def lookup(kind: str, name: str, known: Mapping[str, T]) -> T:
     """`known[name]`, or a ValueError that gives the nearest names."""
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
+    near = _nearest(name, known) or known
     raise ValueError(f"There is no {kind} {name!r}: the nearest are {', '.join(near)}.")
+
+
+def _nearest(name: str, known: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(name, dict.fromkeys(known), n=3, cutoff=0.4)

@@ -28,11 +28,15 @@ CROSS_ATTENDING = "UNetMidBlock2DCrossAttn"  # a UNet2DConditionModel's middle, 
 BINNING = "use_resolution_binning"  # an argument by which a call paints another size than was asked for
 
 
+class NowhereError(LookupError):
+    """A hub id that is in nobody's reach from here: most likely mistyped. Its text says where it was looked for."""
+
+
 def find(name: str) -> Model | None:
     """The model in the folder `name`, or with the hub id OWNER/NAME. None: it can be neither.
 
-    Raises ValueError where it isn't such a model as can be measured, WeightsUnreachableError where the hub and its
-    local cache don't have it.
+    Raises ValueError where it isn't such a model as can be measured, NowhereError where neither the hub nor its local
+    cache knows the name, WeightsUnreachableError where they know it and what it takes can't be read.
     """
     if Path(name).is_dir():
         folder = Path(name).resolve()
@@ -181,12 +185,29 @@ def _in_folder(folder: Path, file: str) -> dict[str, Any]:
 def _on_hub(hub_id: str, file: str) -> dict[str, Any]:
     """A file of the hub's local cache, or else of the hub, as HF_HUB_OFFLINE and HF_TOKEN say."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
-    cached = try_to_load_from_cache(hub_id, file)
-    if isinstance(cached, str):
-        return _json(Path(cached))
-    check_hub(hub_id, file, listed=False)  # a download would ask again and again
+    try:
+        cached = try_to_load_from_cache(hub_id, file)
+        if isinstance(cached, str):
+            return _json(Path(cached))
+        check_hub(hub_id, file, listed=False)  # a download would ask again and again
+    except HFValidationError as error:
+        raise NowhereError("nor a name that the hub allows") from error
+    except WeightsUnreachableError as error:
+        answer = error.__cause__  # whose text may have what it was asked with
+        if file != INDEX or isinstance(answer, GatedRepoError):  # the model is there
+            raise
+        if isinstance(answer, RepositoryNotFoundError):
+            raise NowhereError("nor is it on the hub, where HF_TOKEN opens what is private") from error
+        raise NowhereError(
+            f"nor in the hub's local cache, and the hub doesn't answer: {type(answer).__name__}"
+        ) from error
     try:
         path = Path(hf_hub_download(hub_id, file, etag_timeout=5))
     except RemoteEntryNotFoundError as error:
