@@ -79,6 +79,7 @@ def _model_of(pipe: Any) -> Model:
         kind,
         denoiser,
         config,
+        pipe.scheduler.config,
         getattr(pipe, "vae_scale_factor", None),
         {each.name: None if each.default is each.empty else each.default for each in arguments},
         summary="your own",

@@ -175,6 +175,10 @@ def plan_ladder(
     prompt = model.prompt if settings.prompt is None else settings.prompt
     if model.small_world and world.parse(prompt) is None:
         notes += (f"{model.name} knows only its small world, of scenes like {model.prompt!r}: this prompt isn't one",)
+    if settings.steps is None and not model.steps_known:
+        notes += (
+            f"no config says how many steps it was made for: {model.steps} are the default of {model.pipeline}'s call",
+        )
     accuracy_prompts = _accuracy_prompts(model, settings)
     recipes = tuple(recipes)
     for each in dict.fromkeys(each for recipe in recipes for each in recipe.optimizations):

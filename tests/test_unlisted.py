@@ -84,21 +84,60 @@ def test_what_is_known_of_a_class_is_so_of_a_folder_of_it(name: str, tmp_path: P
     }
 
 
-def described(name: str, folder: Path) -> Model:
-    """What is said of the configs of `name`, in diffusers' format."""
+def described(name: str, folder: Path, **schedule: Any) -> Model:
+    """What is said of the configs of `name`, in diffusers' format, with some of its scheduler's numbers changed."""
     entry = MODELS[name]
-    for part in (entry.denoiser, "vae"):
+    configs = PACKAGE / "configs" / entry.configs
+    for part in (entry.denoiser, "vae", "scheduler"):
         (folder / part).mkdir()
-        shutil.copy(PACKAGE / "configs" / entry.configs / f"{part}.json", folder / part / "config.json")
-    parts = {part: ["diffusers", "AnyClass"] for part in (entry.denoiser, "vae")}
+    for part in (entry.denoiser, "vae"):
+        shutil.copy(configs / f"{part}.json", folder / part / "config.json")
+    scheduler = json.loads((configs / "scheduler.json").read_text()) | schedule
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    parts = {part: ["diffusers", "AnyClass"] for part in (entry.denoiser, "vae", "scheduler")}
     (folder / unlisted.INDEX).write_text(json.dumps({"_class_name": entry.pipeline} | parts))
     return plan.find_model(str(folder))
+
+
+def test_a_model_with_flux_schnells_configs_takes_its_steps(tmp_path: Path) -> None:
+    model = described("flux-schnell", tmp_path)
+    assert (model.steps, model.guidance_scale, model.steps_known) == (4, 0.0, True)
+    assert model.call_arguments == MODELS["flux-schnell"].call_arguments
+    ladder = plan.plan_ladder("run", (Recipe("baseline"),), model, CPU, plan.Settings())
+    assert [(spec.steps, spec.guidance_scale) for spec in ladder.rungs] == [(4, 0.0)]
+    assert ladder.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "guidance"),
+    [
+        ("flux-schnell", {"use_dynamic_shifting": True}, "none"),  # as FLUX.1 dev without its distilled guidance has it
+        ("flux-schnell", {"shift": 3.0}, "none"),
+        ("flux-dev", {"shift": 1.0, "use_dynamic_shifting": False}, "embedded"),
+    ],
+)
+def test_what_no_config_tells_is_left_to_the_pipelines_call_and_said(
+    name: str, schedule: dict[str, Any], guidance: str, tmp_path: Path
+) -> None:
+    model = described(name, tmp_path, **schedule)
+    assert (model.steps, model.guidance_scale, model.guidance, model.steps_known) == (28, 3.5, guidance, False)
+    recipes = (Recipe("baseline"),)
+    note = "no config says how many steps it was made for: 28 are the default of FluxPipeline's call"
+    assert plan.plan_ladder("run", recipes, model, CPU, plan.Settings()).notes == (note,)
+    assert plan.plan_ladder("run", recipes, model, CPU, plan.Settings(steps=8)).notes == ()
+
+
+def test_a_pipeline_without_a_scheduler_of_its_own_tells_nothing(tmp_path: Path) -> None:
+    described("flux-schnell", tmp_path)
+    index = tmp_path / unlisted.INDEX
+    index.write_text(json.dumps({**json.loads(index.read_text()), "scheduler": [None, None]}))
+    assert plan.find_model(str(tmp_path)).steps == 28
 
 
 def test_a_transformer_of_an_unknown_class_is_taken_for_one_without_vanilla_attention() -> None:
     kind = "AuraFlowPipeline"
     defaults, more = unlisted.call_defaults(kind), {"summary": "", "parameters": 0}
-    model = unlisted.describe("mine", kind, "transformer", {"sample_size": 64}, 8, defaults, **more)
+    model = unlisted.describe("mine", kind, "transformer", {"sample_size": 64}, {}, 8, defaults, **more)
     with pytest.raises(ValueError, match="compile requires sdpa on mine: add sdpa"):
         plan.plan_recipe(model, Recipe("mine", ("bf16", "compile")), CPU)
     assert plan.plan_recipe(model, Recipe("mine", ("bf16", "sdpa", "compile")), CPU)
