@@ -374,7 +374,8 @@ def code(recipe_name: str, names: str, ladder_name: str, model: str, device: str
 def sweep_(**chosen: Any) -> None:
     """Measure how one recipe grows: every batch size at every resolution, a fresh process each.
 
-    Nothing is said of fidelity or of speed-ups: no two shapes do the same work. All share one compile cache.
+    Nothing is said of fidelity or of speed-ups: no two shapes do the same work. All share one compile cache. What is
+    about batches, as vae_slicing is, takes one batch size at least on which it has an effect.
     """
     _measure_one(SWEEP, **chosen)
 

@@ -48,7 +48,6 @@ def optimize(pipe: Any, *names: str, compile_mode: str = "default", example: Map
         height=arguments.get("height"),
         width=arguments.get("width"),
         guidance_scale=arguments.get("guidance_scale"),
-        batch_size=arguments.get("num_images_per_prompt", 1),
         compile_mode=compile_mode,
     )
     recipe = Recipe("own", tuple(wanted))
@@ -80,6 +79,7 @@ def _model_of(pipe: Any) -> Model:
         kind,
         denoiser,
         config,
+        pipe.scheduler.config,
         getattr(pipe, "vae_scale_factor", None),
         {each.name: None if each.default is each.empty else each.default for each in arguments},
         summary="your own",

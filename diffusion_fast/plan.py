@@ -40,7 +40,7 @@ class Settings:
     prompt: str | None = None
     weights: str | None = None
     steps: int | None = None
-    batch_size: int = 1
+    batch_size: int | None = None  # None: of no measurement (`optimize`), or of each point of a sweep
     height: int | None = None
     width: int | None = None
     guidance_scale: float | None = None
@@ -175,13 +175,17 @@ def plan_ladder(
     prompt = model.prompt if settings.prompt is None else settings.prompt
     if model.small_world and world.parse(prompt) is None:
         notes += (f"{model.name} knows only its small world, of scenes like {model.prompt!r}: this prompt isn't one",)
+    if settings.steps is None and not model.steps_known:
+        notes += (
+            f"no config says how many steps it was made for: {model.steps} are the default of {model.pipeline}'s call",
+        )
     accuracy_prompts = _accuracy_prompts(model, settings)
     recipes = tuple(recipes)
     for each in dict.fromkeys(each for recipe in recipes for each in recipe.optimizations):
         known = lookup("optimization", each, OPTIMIZATIONS)
         if known.needs_guidance and scale <= 1:
             raise ValueError(f"{each} needs a guidance scale above 1, and there is no guidance at {scale:g}.")
-        if settings.batch_size < known.least_batch:
+        if settings.batch_size is not None and settings.batch_size < known.least_batch:
             raise ValueError(
                 f"{each} has no effect on a batch of {settings.batch_size}: take {known.least_batch} or more."
             )
@@ -212,7 +216,7 @@ def plan_ladder(
             compile_mode=_compile_mode(recipe, settings, device),
             prompt=prompt,
             steps=max(model.least_steps, round(recipe.steps_share * (settings.steps or model.steps))),
-            batch_size=settings.batch_size,
+            batch_size=settings.batch_size or 1,
             height=settings.height or model.height,
             width=settings.width or model.width,
             guidance_scale=scale,
@@ -274,10 +278,16 @@ def hub_parts(ladder: Ladder, model: Model) -> set[str]:
 def find_model(name: str) -> Model:
     """A model by its name, or by a folder or hub id that need be no entry's.
 
-    Raises ValueError where there is none, WeightsUnreachableError where only the hub would know.
+    Raises ValueError where there is none, WeightsUnreachableError where the hub has it and doesn't give it.
     """
     listed = MODELS.get(name) or next((each for each in MODELS.values() if name and each.hub_id == name), None)
-    return listed or unlisted.find(name) or lookup("model", name, MODELS)
+    try:
+        return listed or unlisted.find(name) or lookup("model", name, MODELS)
+    except unlisted.NowhereError as error:
+        near = _nearest(name, [*MODELS, *(each.hub_id for each in MODELS.values())]) or MODELS
+        raise ValueError(
+            f"The model {name!r} can't be found (it is no folder, {error}): the nearest are {', '.join(near)}."
+        ) from error
 
 
 def find_ladder(name: str, device: Device, model: Model) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
@@ -331,5 +341,9 @@ def lookup(kind: str, name: str, known: Mapping[str, T]) -> T:
     """`known[name]`, or a ValueError that gives the nearest names."""
     if name in known:
         return known[name]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(known)
+    near = _nearest(name, known) or known
     raise ValueError(f"There is no {kind} {name!r}: the nearest are {', '.join(near)}.")
+
+
+def _nearest(name: str, known: Iterable[str]) -> list[str]:
+    return difflib.get_close_matches(name, dict.fromkeys(known), n=3, cutoff=0.4)

@@ -5,7 +5,7 @@ Of the prompt that is once a call (PromptProjections), of the time step once a s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from diffusion_fast import graphs
 from diffusion_fast.modules import replace_modules
 
-MOST = graphs.MOST  # shapes of prompts; each keeps what all layers make of one
+MOST = graphs.MOST  # shapes of prompts, or of times; each keeps what all layers make of one
 
 
 class Projection(torch.nn.Module):
@@ -37,23 +37,50 @@ class Projection(torch.nn.Module):
         return computed
 
 
-class PromptProjections:
-    """Projections in the place of `layers`, filled before a step of the denoiser whose prompt is not the last step's.
+class Projections:
+    """Projections in the place of `layers`, which return what is computed for all of them at one place.
+
+    For each shape of what they are given there are buffers that stay where they are, for a CUDA graph reads them there
+    whenever that shape comes again; past MOST shapes the layers compute each time.
+    """
+
+    def __init__(self, denoiser: Any, layers: Iterable[torch.nn.Module]) -> None:
+        places = {layer: Projection(layer) for layer in layers}
+        replace_modules(denoiser, places.get)
+        self.projections = list(places.values())
+        self.kept: dict[Any, list[torch.Tensor]] = {}  # by shape, and never dropped: a captured graph may read them
+        self.current: Any = None  # the shape whose buffers the projections have
+
+    def buffers(self, given: torch.Tensor, make: Callable[[], list[torch.Tensor]]) -> list[torch.Tensor]:
+        """Those for such a tensor, which each projection now returns its own of; none past MOST shapes.
+
+        `make` gives new ones, not yet filled: one for each projection, and behind them what else is of that shape.
+        """
+        key = given.shape, given.dtype, given.device
+        if key not in self.kept and len(self.kept) < MOST:
+            with torch.inference_mode(False), torch.no_grad():  # else they could only be filled in inference mode
+                self.kept[key] = make()
+        found = self.kept.get(key, [])
+        if key != self.current:
+            for number, projection in enumerate(self.projections):
+                projection.made = found[number] if found else None
+            self.current = key
+        return found
+
+
+class PromptProjections(Projections):
+    """Filled before a step of the denoiser whose prompt is not the last step's.
 
     The same prompt is the same tensor with the same version, which grows when it is changed in place (but not when it
-    is changed by way of `.data`). For each shape of prompts there are buffers that stay where they are, for a CUDA
-    graph reads them there whenever that shape comes again; past MOST shapes the layers compute in each step.
+    is changed by way of `.data`).
     """
 
     def __init__(self, denoiser: Any, layers: Iterable[torch.nn.Module], position: int) -> None:
         """`position` of the prompt, `encoder_hidden_states`, among the denoiser's arguments."""
-        places = {layer: Projection(layer) for layer in layers}
-        replace_modules(denoiser, places.get)
-        self.projections = list(places.values())
+        super().__init__(denoiser, layers)
         self.position = position
         self.prompt: torch.Tensor | None = None  # held, so that no other tensor can come to be at its address
         self.version: int | None = None
-        self.kept: dict[Any, list[torch.Tensor]] = {}  # by shape, and never dropped: a captured graph may read them
         self.projected = self.steps = 0
         # Not in `forward`, which is what is captured: whether a prompt is a new one is for the host to decide.
         denoiser.register_forward_pre_hook(self.before_step, with_kwargs=True)
@@ -66,10 +93,7 @@ class PromptProjections:
         if prompt is self.prompt and version is not None and version == self.version:
             return
         self.prompt = None  # whatever may go wrong now
-        buffers = self._buffers(prompt)
-        for number, projection in enumerate(self.projections):
-            projection.made = buffers[number] if buffers else None
-        if buffers:
+        if self.buffers(prompt, lambda: [torch.empty_like(each.layer(prompt)) for each in self.projections]):
             self.project(prompt)
             self.projected += 1
         self.prompt, self.version = prompt, version
@@ -81,32 +105,19 @@ class PromptProjections:
                 assert projection.made is not None
                 projection.made.copy_(projection.layer(prompt))
 
-    def _buffers(self, prompt: torch.Tensor) -> list[torch.Tensor] | None:
-        """Those for such a prompt, not yet filled where it is the first; none where there are MOST others."""
-        key = prompt.shape, prompt.dtype, prompt.device
-        if key not in self.kept:
-            if len(self.kept) >= MOST:
-                return None
-            with torch.inference_mode(False), torch.no_grad():  # else they could only be filled in inference mode
-                self.kept[key] = [torch.empty_like(projection.layer(prompt)) for projection in self.projections]
-        return self.kept[key]
 
+class TimeProjections(Projections):
+    """All filled by one product before each step, for the residual blocks.
 
-class TimeProjections:
-    """Projections in the place of the residual blocks' time projections, all filled by one product before each step.
-
-    Their weights become parts of one matrix, so that nothing is there twice.
+    Their weights become parts of one matrix, so that nothing is there twice, and their buffers parts of its product.
     """
 
     def __init__(self, denoiser: Any, layers: Iterable[torch.nn.Linear], activation: torch.nn.Module) -> None:
         """`layers` are given what `activation` makes of the time embedding, (batch, features) each."""
-        places = {layer: Projection(layer) for layer in layers}
-        replace_modules(denoiser, places.get)
-        self.projections, self.activation = list(places.values()), activation
-        self.sizes = [layer.out_features for layer in places]
+        super().__init__(denoiser, layers)
+        self.activation = activation
+        self.sizes: list[Any] = [projection.layer.out_features for projection in self.projections]
         self.join()
-        self.kept: dict[Any, tuple[torch.Tensor, list[torch.Tensor]]] = {}  # by shape: as those of PromptProjections
-        self.current: Any = None
         self.steps = 0
         denoiser.down_blocks[0].register_forward_pre_hook(self.before_blocks, with_kwargs=True)
 
@@ -126,19 +137,14 @@ class TimeProjections:
         first: Any = self.projections[0].layer
         if first.weight.data_ptr() != self.weight.data_ptr():  # moved to another device
             self.join()
-        key = time.shape, time.dtype, time.device
-        if key not in self.kept and len(self.kept) < MOST:
-            with torch.inference_mode(False), torch.no_grad():
-                whole = torch.empty((len(time), len(self.weight)), dtype=time.dtype, device=time.device)
-                self.kept[key] = whole, list(whole.split(self.sizes, dim=1))
-        kept = self.kept.get(key)
-        if key != self.current:
-            for number, projection in enumerate(self.projections):
-                projection.made = kept[1][number] if kept else None
-            self.current = key
-        if kept:
+
+        def unfilled() -> list[torch.Tensor]:
+            product = torch.empty((len(time), len(self.weight)), dtype=time.dtype, device=time.device)
+            return [*product.split(self.sizes, dim=1), product]
+
+        if buffers := self.buffers(time, unfilled):
             with torch.no_grad():
-                torch.addmm(self.bias, self.activation(time), self.weight.t(), out=kept[0])
+                torch.addmm(self.bias, self.activation(time), self.weight.t(), out=buffers[-1])
             self.steps += 1
 
 

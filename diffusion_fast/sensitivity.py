@@ -64,11 +64,9 @@ def measure(spec: RunSpec, target: float | None, tell: Any) -> dict[str, Any]:
     name_of_format = eight_bit_format(spec.optimizations)
     number_format = eight_bits.FORMATS[name_of_format]
     # In eager mode: a layer more or less would be compiled anew each time.
-    # Kernels of our own are for 16 bits, and the layers have the same names without them.
-    left_out = {*DTYPES, "tf32", "fused_geglu", "attention_kernel"}
-    plain = tuple(
-        name for name in spec.optimizations if OPTIMIZATIONS[name].stage not in LATER and name not in left_out
-    )
+    # Without what is for 16 bits alone, such as kernels of our own, the layers have the same names.
+    known = [OPTIMIZATIONS[name] for name in spec.optimizations if name not in (*DTYPES, "tf32")]
+    plain = tuple(each.name for each in known if each.stage not in LATER and not each.for_16_bits)
     torch.set_grad_enabled(False)
     build, _ = build_pipeline(replace(spec, optimizations=plain), tell)
     tell("recording single steps")

@@ -57,6 +57,7 @@ class Model(_Json):
     width: int
     steps: int
     guidance_scale: float
+    steps_known: bool = True  # False: nobody says for how many it was made, and `steps` are its pipeline's default
     # By a second, unconditional row of each step, by an input of the denoiser, or not at all.
     guidance: Literal["classifier-free", "embedded", "none"] = "classifier-free"
     least_steps: int = 1  # that the pipeline can make

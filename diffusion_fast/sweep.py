@@ -7,13 +7,13 @@ shape. So a sweep says nothing of fidelity.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from diffusion_fast.optimizations import compiles
+from diffusion_fast.optimizations import OPTIMIZATIONS, compiles
 from diffusion_fast.spec import SWEEP, Ladder, Model
 
 SHARES = (1 / 2, 3 / 4, 1, 3 / 2)  # of the model's own height: of 1024 pixels 512, 768, 1024 and 1536
@@ -49,7 +49,9 @@ def plan_points(ladder: Ladder, model: Model, batch_sizes: str, sizes: str) -> L
     (recipe,) = ladder.rungs
     own = (int(share * model.height) // model.multiple * model.multiple for share in SHARES)
     squares = tuple(own) if sizes == "auto" else _numbers(sizes, "--sizes", multiple_of=model.multiple)
-    shapes = list(product(squares, _numbers(batch_sizes, "--batch-sizes")))
+    batches = _numbers(batch_sizes, "--batch-sizes")
+    idle = _idle(recipe.optimizations, batches)
+    shapes = list(product(squares, batches))
     digits = max(2, len(str(len(shapes) - 1)))  # names sort as the points do
     points = tuple(
         replace(
@@ -63,7 +65,19 @@ def plan_points(ladder: Ladder, model: Model, batch_sizes: str, sizes: str) -> L
         for index, (size, batch) in enumerate(shapes)
     )
     shared = ("all points share one compile cache",) if compiles(recipe.optimizations) else ()
-    return replace(ladder, rungs=points, reference=None, notes=(*ladder.notes, *shared))
+    return replace(ladder, rungs=points, reference=None, notes=(*ladder.notes, *shared, *idle))
+
+
+def _idle(names: Iterable[str], batches: Sequence[int]) -> list[str]:
+    """What to say of optimizations that have nothing to do in some of these batches. ValueError: in none of them."""
+    notes = []
+    for name, least in ((name, OPTIMIZATIONS[name].least_batch) for name in names):
+        small = [batch for batch in batches if batch < least]
+        said = f"{name} has no effect on batches of {' or '.join(map(str, small))}"
+        if len(small) == len(batches):
+            raise ValueError(f"{said}: --batch-sizes takes one of {least} or more with it.")
+        notes += [said] if small else []
+    return notes
 
 
 def _numbers(text: str, option: str, multiple_of: int = 1) -> tuple[int, ...]:

@@ -25,14 +25,25 @@ GIVEN = (
     *("generator", "latents"),
 )
 CROSS_ATTENDING = "UNetMidBlock2DCrossAttn"  # a UNet2DConditionModel's middle, where its config doesn't say otherwise
+# What the configs of a model that was distilled to few steps say, and of its pipeline's others don't: fields of the
+# denoiser and of the scheduler. Of FLUX.1 schnell alone the time steps aren't shifted in its authors' own code,
+# https://github.com/black-forest-labs/flux. That it has no input for guidance isn't enough: a model that was trained to
+# be guided by two rows again has none, either.
+FEW_STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "flux-schnell": ({"guidance_embeds": False}, {"shift": 1.0, "use_dynamic_shifting": False})
+}
 BINNING = "use_resolution_binning"  # an argument by which a call paints another size than was asked for
+
+
+class NowhereError(LookupError):
+    """A hub id that is in nobody's reach from here: most likely mistyped. Its text says where it was looked for."""
 
 
 def find(name: str) -> Model | None:
     """The model in the folder `name`, or with the hub id OWNER/NAME. None: it can be neither.
 
-    Raises ValueError where it isn't such a model as can be measured, WeightsUnreachableError where the hub and its
-    local cache don't have it.
+    Raises ValueError where it isn't such a model as can be measured, NowhereError where neither the hub nor its local
+    cache knows the name, WeightsUnreachableError where they know it and what it takes can't be read.
     """
     if Path(name).is_dir():
         folder = Path(name).resolve()
@@ -56,20 +67,24 @@ def describe(
     kind: str,
     denoiser: str,
     config: Mapping[str, Any],
+    scheduler: Mapping[str, Any],
     vae_scale: int | None,
     defaults: Mapping[str, Any],
     **more: Any,
 ) -> Model:
-    """A model by its pipeline's class `kind`, its denoiser's config, and its call's arguments with their defaults.
+    """A model by its pipeline's class `kind`, its denoiser's and scheduler's config, and its call's arguments.
 
-    `vae_scale` is pixels for each latent. What no file says is taken from an entry with the same class, if there is
-    one: the fewest steps, arguments of each call, what it lacks. Of other transformers nothing of the kind is known.
-    Raises ValueError where the size of pictures can't be told.
+    `vae_scale` is pixels for each latent, `defaults` those of the call. What no file says is taken from an entry with
+    the same class, if there is one: the fewest steps, arguments of each call, what it lacks. Of other transformers
+    nothing of the kind is known. Raises ValueError where the size of pictures can't be told.
     """
-    known = next((each for each in MODELS.values() if each.pipeline == kind and each.hub_id), None)
+    few_steps = _distilled(kind, config, scheduler)
+    known = few_steps or next((each for each in MODELS.values() if each.pipeline == kind and each.hub_id), None)
     guidance, steps = defaults.get("guidance_scale"), defaults.get("num_inference_steps")
     if not isinstance(guidance, (int, float)) or not isinstance(steps, int):
         raise ValueError(f"{kind} isn't known here: its call has no guidance scale or no number of steps.")
+    if few_steps:
+        guidance, steps = few_steps.guidance_scale, few_steps.steps
     latents = config.get("sample_size")
     if isinstance(latents, int) and vae_scale:
         height = width = latents * vae_scale
@@ -86,6 +101,7 @@ def describe(
         width=width,
         steps=max(steps, known.least_steps) if known else steps,
         guidance_scale=guidance,
+        steps_known=few_steps is not None,
         # FLUX says there whether its guidance was distilled into an input, or it does without.
         guidance="none" if config.get("guidance_embeds") is False else known.guidance if known else "classifier-free",
         least_steps=known.least_steps if known else 1,
@@ -98,6 +114,15 @@ def describe(
         left_out=known.left_out if known else (),
         **more,
     )
+
+
+def _distilled(kind: str, config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Model | None:
+    """The entry that was distilled to few steps and whose configs these are like; None: they don't say so."""
+    for name, (of_the_denoiser, of_the_scheduler) in FEW_STEPS.items():
+        alike = of_the_denoiser.items() <= config.items() and of_the_scheduler.items() <= scheduler.items()
+        if MODELS[name].pipeline == kind and alike:
+            return MODELS[name]
+    return None
 
 
 def _chained_blocks(config: Mapping[str, Any]) -> int:
@@ -139,6 +164,7 @@ def _read(name: str, folder: Path | None, read: Callable[[str], dict[str, Any]])
         kind,
         denoiser,
         read(f"{denoiser}/config.json"),
+        read("scheduler/scheduler_config.json") if "scheduler" in parts else {},
         2 ** (len(levels) - 1) if levels else None,
         defaults,
         summary=f"a {kind} of your own",
@@ -181,12 +207,29 @@ def _in_folder(folder: Path, file: str) -> dict[str, Any]:
 def _on_hub(hub_id: str, file: str) -> dict[str, Any]:
     """A file of the hub's local cache, or else of the hub, as HF_HUB_OFFLINE and HF_TOKEN say."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import RemoteEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RemoteEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
-    cached = try_to_load_from_cache(hub_id, file)
-    if isinstance(cached, str):
-        return _json(Path(cached))
-    check_hub(hub_id, file, listed=False)  # a download would ask again and again
+    try:
+        cached = try_to_load_from_cache(hub_id, file)
+        if isinstance(cached, str):
+            return _json(Path(cached))
+        check_hub(hub_id, file, listed=False)  # a download would ask again and again
+    except HFValidationError as error:
+        raise NowhereError("nor a name that the hub allows") from error
+    except WeightsUnreachableError as error:
+        answer = error.__cause__  # whose text may have what it was asked with
+        if file != INDEX or isinstance(answer, GatedRepoError):  # the model is there
+            raise
+        if isinstance(answer, RepositoryNotFoundError):
+            raise NowhereError("nor is it on the hub, where HF_TOKEN opens what is private") from error
+        raise NowhereError(
+            f"nor in the hub's local cache, and the hub doesn't answer: {type(answer).__name__}"
+        ) from error
     try:
         path = Path(hf_hub_download(hub_id, file, etag_timeout=5))
     except RemoteEntryNotFoundError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -164,7 +165,7 @@ def test_a_cache_that_never_serves_is_no_cache(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(approximation, "FIRST_BLOCK_CHANGE", -1.0)
     made, _ = small_pixart(tmp_path, monkeypatch, "first_block_cache")
     assert pixels(made).equal(plain)  # where nothing is reused, nothing differs
-    with pytest.raises(RuntimeError, match="first_block_cache: all of 1 modules were computed in each of 10 steps"):
+    with pytest.raises(RuntimeError, match="first_block_cache: all of 1 modules were computed in each of 10 calls"):
         made.proofs["first_block_cache"]()
 
 
@@ -185,6 +186,46 @@ def test_attention_serves_several_steps_but_the_first_and_last(tmp_path: Path, m
     assert proof["computed"] + proof["skipped"] == 4 * 10
     assert 0 < (found - plain).norm() / plain.norm() < 0.1
     assert pixels(made).equal(found)
+
+
+TRUE_GUIDANCE = {"negative_prompt": "blurred", "true_cfg_scale": 2.0}  # FLUX then calls its denoiser twice a step
+
+
+def test_each_branch_of_guidance_is_served_what_it_computed_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, _ = small("flux-dev", tmp_path, monkeypatch, "sdpa", "pyramid_attention_broadcast", steps=10)
+    made.call_arguments |= TRUE_GUIDANCE
+    layer = made.denoiser.transformer_blocks[0].attn
+    computed, given = calls_of(layer.to_out[0]), []
+    layer.register_forward_hook(lambda _, __, output: given.append(output[0]))
+    found = pixels(made)
+    times = made.pipe.scheduler.timesteps.tolist()
+    least, most = approximation.BROADCAST_TIMES
+    expected = [step for step, time in enumerate(times) if step % 2 == 0 or not least < time < most]
+    assert len(given) == 2 * 10
+    for branch in (given[::2], given[1::2]):
+        assert [step for step in range(10) if step == 0 or branch[step] is not branch[step - 1]] == expected
+    assert len({id(output) for output in given}) == len(computed) == 2 * len(expected) < 2 * 10
+    proof = made.proofs["pyramid_attention_broadcast"]()
+    assert proof["computed"] == 4 * 2 * len(expected)  # in two blocks of two streams, and two of one
+    assert proof["computed"] + proof["skipped"] == 4 * 2 * 10
+    made.pipe.scheduler = copy.deepcopy(made.pipe.scheduler)
+    assert pixels(made).equal(found)
+    assert made.proofs["pyramid_attention_broadcast"]()["computed"] == 2 * proof["computed"]
+
+
+def test_a_pipeline_that_was_called_before_knows_of_the_first_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FLUX names the branches of guidance to the hooks that diffusers has found, which were none in that call."""
+    monkeypatch.setattr(approximation, "FIRST_BLOCK_CHANGE", 10.0)
+    made, _ = small("flux-dev", tmp_path, monkeypatch, "sdpa")
+    pixels(made)
+    second = calls_of(made.denoiser.transformer_blocks[1].ff.net[2])
+    OPTIMIZATIONS["first_block_cache"].apply(made)
+    pixels(made)
+    assert len(second) == 1
 
 
 @pytest.mark.parametrize("name", ["first_block_cache", "pyramid_attention_broadcast"])

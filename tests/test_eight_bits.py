@@ -25,7 +25,7 @@ from diffusion_fast.eight_bits import (
     quantize_convolutions,
 )
 from diffusion_fast.models import MODELS
-from diffusion_fast.optimizations import quantization
+from diffusion_fast.optimizations import OPTIMIZATIONS, Optimization, quantization
 from diffusion_fast.pipeline import call
 from diffusion_fast.sensitivity import Layer, choose
 from diffusion_fast.spec import Recipe
@@ -260,6 +260,25 @@ def test_the_pass_finds_the_layer_that_loses_most(monkeypatch: pytest.MonkeyPatc
     everything = sum(layer["error"] ** 2 for layer in found["layers"]) ** 0.5
     assert found["predicted"] < everything
     assert all(type(layer) is not RowwiseLinear for layer in seen[0].denoiser.modules())  # all are put back
+
+
+def test_the_pass_leaves_out_what_says_that_it_is_for_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    class InFloat32Error(Exception):
+        pass
+
+    def kernel_of_tomorrow(build: Any) -> dict[str, Any]:
+        raise InFloat32Error
+
+    for number, requires in enumerate(((("bf16",),), (("sdpa",), ("bf16", "fp16")), (("sdpa",),))):
+        known = Optimization(f"kernel_{number}", kernel_of_tomorrow, "swap", requires)
+        monkeypatch.setitem(OPTIMIZATIONS, known.name, known)
+    names = ("bf16", "sdpa", "kernel_0", "kernel_1", "regional_compile", "int8_rows")
+    spec = replace(planned(steps=3).rungs[0], optimizations=names)
+    found = sensitivity.measure(spec, None, lambda stage: None)
+    assert found["format"] == "int8"
+    assert found["layers"]
+    with pytest.raises(InFloat32Error):
+        sensitivity.measure(replace(spec, optimizations=(*names, "kernel_2")), None, lambda stage: None)
 
 
 def test_the_command_writes_what_keep_reads(tmp_path: Path) -> None:

@@ -63,14 +63,20 @@ def test_a_pipeline_of_ones_own_in_less_memory(pipe: Any) -> None:
 
 
 def test_what_a_pipeline_of_ones_own_has_no_use_for_is_refused(pipe: Any) -> None:
-    with pytest.raises(ValueError, match="vae_slicing has no effect on a batch of 1"):
-        diffusion_fast.optimize(pipe, "vae_slicing")
     with pytest.raises(ValueError, match="first_block_cache can't be applied to StableDiffusionXLPipeline"):
         diffusion_fast.optimize(pipe, "first_block_cache")
     with pytest.raises(ValueError, match="int8_weight_only requires bf16 or fp16"):
         diffusion_fast.optimize(pipe, "int8_weight_only")
-    diffusion_fast.optimize(pipe, "vae_slicing", example={"num_images_per_prompt": 2})
-    assert pipe.vae.use_slicing
+
+
+@pytest.mark.parametrize("example", [None, {"num_images_per_prompt": 1}, {"prompt": [PROMPT, PROMPT]}])
+def test_what_is_for_batches_is_applied_whatever_an_example_has(pipe: Any, example: dict[str, Any] | None) -> None:
+    before = painted(pipe, num_images_per_prompt=2)
+    diffusion_fast.optimize(pipe, "vae_slicing", example=example)
+    decoded: list[int] = []
+    pipe.vae.decoder.register_forward_pre_hook(lambda _, args: decoded.append(len(args[0])))
+    assert abs(painted(pipe, num_images_per_prompt=2) - before).max() <= 1
+    assert decoded == [1, 1]
 
 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler, UniPCMultistepScheduler])

@@ -54,7 +54,7 @@ def test_slices_are_decoded_one_by_one_and_the_pictures_stay() -> None:
 def test_slicing_a_batch_of_one_is_refused() -> None:
     recipe = Recipe("mine", ("vae_slicing",))
     with pytest.raises(ValueError, match="vae_slicing has no effect on a batch of 1: take 2 or more"):
-        plan_ladder("run", (recipe,), MODELS["tiny"], CPU, Settings())
+        plan_ladder("run", (recipe,), MODELS["tiny"], CPU, Settings(batch_size=1))
     assert plan_ladder("run", (recipe,), MODELS["tiny"], CPU, Settings(batch_size=2)).rungs[0].batch_size == 2
 
 

@@ -296,6 +296,22 @@ def test_a_denoiser_that_is_not_given_the_prompt_as_it_is_is_refused() -> None:
         layers.prompt_projections(made)
 
 
+@pytest.mark.parametrize(
+    ("name", "argument", "position"), [("prompt_projections", "input", 0), ("time_projections", "temb", 1)]
+)
+def test_what_is_called_by_name_is_found_as_by_position(name: str, argument: str, position: int) -> None:
+    made, _ = build("sdpa")
+
+    def by_name(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args[:position], kwargs | {argument: args[position]}
+
+    kinds = {"input": lambda each: isinstance(each, torch.nn.Linear), "temb": lambda each: type(each) is ResnetBlock2D}
+    for module in filter(kinds[argument], made.denoiser.modules()):
+        module.register_forward_pre_hook(by_name, with_kwargs=True)
+    found = getattr(layers, name)(made)["projections"]
+    assert found == getattr(layers, name)(build("sdpa")[0])["projections"]
+
+
 def test_a_prompt_that_is_another_in_every_step_is_named() -> None:
     made, _ = build("sdpa", "prompt_projections", steps=3)
     original = made.denoiser.forward
@@ -410,6 +426,17 @@ def test_past_so_many_batches_each_block_projects_for_itself(monkeypatch: pytest
     for batch, kept in ((2, True), (3, False), (2, True)):
         shared.before_blocks(None, (), {"temb": torch.randn(batch, first.layer.in_features)})
         assert (first.made is not None) == kept
+
+
+def test_the_buffers_of_a_batch_are_where_they_were_when_it_comes_again() -> None:
+    made = build("time_projections")[0]
+    shared, found = together(made), found_in(made)
+    seen: dict[int, list[Any]] = {}
+    for batch in (2, 4, 2, 1, 4):
+        shared.before_blocks(None, (), {"temb": torch.randn(batch, found[0].layer.in_features)})
+        now = [projection.made for projection in found]
+        assert all(one is other for one, other in zip(now, seen.setdefault(batch, now), strict=True))
+    assert len({buffers[0].data_ptr() for buffers in seen.values()}) == 3
 
 
 @pytest.mark.parametrize(

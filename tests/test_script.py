@@ -201,6 +201,17 @@ def test_a_transformers_script_skips_and_stores_what_the_rung_does(
     assert painted == painted_by_the_rung(spec) != painted_by_the_rung(plain)
 
 
+def test_a_script_tells_the_branches_of_guidance_apart_as_the_rung_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twice = (("negative_prompt", "blurred"), ("true_cfg_scale", 2.0))  # FLUX then calls its denoiser twice a step
+    model: Any = replace(plan.find_model(str(saved("flux-dev", tmp_path))), call_arguments=twice)
+    names = ("sdpa", "pyramid_attention_broadcast")
+    spec, plain = (planned(model, each, height=64, width=64, steps=8) for each in (names, names[:1]))
+    painted = painted_here(script.write(model, spec), tmp_path, monkeypatch)
+    assert painted == painted_by_the_rung(spec) != painted_by_the_rung(plain)
+
+
 @pytest.mark.parametrize(
     ("name", "optimization", "least"),
     [

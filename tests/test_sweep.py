@@ -49,6 +49,19 @@ def test_a_sweep_is_one_recipe_at_every_size_with_every_batch_size() -> None:
     assert Ladder.from_dict(ladder.to_dict()) == ladder
 
 
+def test_what_is_for_batches_is_swept_where_one_of_them_is_large_enough() -> None:
+    slicing = Recipe("mine", ("bf16", "vae_slicing"))
+    ladder = points("1,4", "64", slicing)
+    assert [(spec.batch_size, spec.optimizations) for spec in ladder.rungs] == [
+        (1, ("bf16", "vae_slicing")),
+        (4, ("bf16", "vae_slicing")),
+    ]
+    assert ladder.notes == ("vae_slicing has no effect on batches of 1",)
+    assert points("2,4", "64", slicing).notes == ()
+    with pytest.raises(ValueError, match="vae_slicing has no effect on batches of 1: --batch-sizes takes one of 2 or"):
+        points("1", "64", slicing)
+
+
 def test_what_is_not_asked_for_are_the_published_points() -> None:
     assert {spec.height for spec in points(sizes="auto").rungs} == {64, 96, 128, 192}
     of_sdxl = points("1,2,4,8,16", "auto", COMPILE, "sdxl", H100)

@@ -7,8 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -81,21 +84,60 @@ def test_what_is_known_of_a_class_is_so_of_a_folder_of_it(name: str, tmp_path: P
     }
 
 
-def described(name: str, folder: Path) -> Model:
-    """What is said of the configs of `name`, in diffusers' format."""
+def described(name: str, folder: Path, **schedule: Any) -> Model:
+    """What is said of the configs of `name`, in diffusers' format, with some of its scheduler's numbers changed."""
     entry = MODELS[name]
-    for part in (entry.denoiser, "vae"):
+    configs = PACKAGE / "configs" / entry.configs
+    for part in (entry.denoiser, "vae", "scheduler"):
         (folder / part).mkdir()
-        shutil.copy(PACKAGE / "configs" / entry.configs / f"{part}.json", folder / part / "config.json")
-    parts = {part: ["diffusers", "AnyClass"] for part in (entry.denoiser, "vae")}
+    for part in (entry.denoiser, "vae"):
+        shutil.copy(configs / f"{part}.json", folder / part / "config.json")
+    scheduler = json.loads((configs / "scheduler.json").read_text()) | schedule
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    parts = {part: ["diffusers", "AnyClass"] for part in (entry.denoiser, "vae", "scheduler")}
     (folder / unlisted.INDEX).write_text(json.dumps({"_class_name": entry.pipeline} | parts))
     return plan.find_model(str(folder))
+
+
+def test_a_model_with_flux_schnells_configs_takes_its_steps(tmp_path: Path) -> None:
+    model = described("flux-schnell", tmp_path)
+    assert (model.steps, model.guidance_scale, model.steps_known) == (4, 0.0, True)
+    assert model.call_arguments == MODELS["flux-schnell"].call_arguments
+    ladder = plan.plan_ladder("run", (Recipe("baseline"),), model, CPU, plan.Settings())
+    assert [(spec.steps, spec.guidance_scale) for spec in ladder.rungs] == [(4, 0.0)]
+    assert ladder.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "schedule", "guidance"),
+    [
+        ("flux-schnell", {"use_dynamic_shifting": True}, "none"),  # as FLUX.1 dev without its distilled guidance has it
+        ("flux-schnell", {"shift": 3.0}, "none"),
+        ("flux-dev", {"shift": 1.0, "use_dynamic_shifting": False}, "embedded"),
+    ],
+)
+def test_what_no_config_tells_is_left_to_the_pipelines_call_and_said(
+    name: str, schedule: dict[str, Any], guidance: str, tmp_path: Path
+) -> None:
+    model = described(name, tmp_path, **schedule)
+    assert (model.steps, model.guidance_scale, model.guidance, model.steps_known) == (28, 3.5, guidance, False)
+    recipes = (Recipe("baseline"),)
+    note = "no config says how many steps it was made for: 28 are the default of FluxPipeline's call"
+    assert plan.plan_ladder("run", recipes, model, CPU, plan.Settings()).notes == (note,)
+    assert plan.plan_ladder("run", recipes, model, CPU, plan.Settings(steps=8)).notes == ()
+
+
+def test_a_pipeline_without_a_scheduler_of_its_own_tells_nothing(tmp_path: Path) -> None:
+    described("flux-schnell", tmp_path)
+    index = tmp_path / unlisted.INDEX
+    index.write_text(json.dumps({**json.loads(index.read_text()), "scheduler": [None, None]}))
+    assert plan.find_model(str(tmp_path)).steps == 28
 
 
 def test_a_transformer_of_an_unknown_class_is_taken_for_one_without_vanilla_attention() -> None:
     kind = "AuraFlowPipeline"
     defaults, more = unlisted.call_defaults(kind), {"summary": "", "parameters": 0}
-    model = unlisted.describe("mine", kind, "transformer", {"sample_size": 64}, 8, defaults, **more)
+    model = unlisted.describe("mine", kind, "transformer", {"sample_size": 64}, {}, 8, defaults, **more)
     with pytest.raises(ValueError, match="compile requires sdpa on mine: add sdpa"):
         plan.plan_recipe(model, Recipe("mine", ("bf16", "compile")), CPU)
     assert plan.plan_recipe(model, Recipe("mine", ("bf16", "sdpa", "compile")), CPU)
@@ -209,15 +251,100 @@ def test_a_folder_that_is_no_model_or_is_none_is_refused(sd15: Path, tmp_path: P
         plan.find_model(str(folder))
 
 
-def test_a_hub_that_cant_be_reached_is_exit_code_1_and_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    from huggingface_hub import constants
+class Hub(BaseHTTPRequestHandler):
+    """Answers every question by `status` and `code`, and repeats the token that it was asked with."""
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    done = CliRunner().invoke(main, ("ladder", "--no-track", "--model", "nobody/nothing"))
+    status, code = 404, "RepoNotFound"
+    asked_with: ClassVar[list[str]] = []
+
+    def do_GET(self) -> None:
+        token = self.headers["Authorization"] or ""
+        if self.path.startswith("/api/models/"):
+            self.asked_with.append(token)
+        self.send_response(self.status)
+        for name, value in (("X-Error-Code", self.code), ("X-Error-Message", token), ("Content-Length", "0")):
+            self.send_header(name, value)
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[type[Hub]]:
+    """A hub of its own for each test, which nobody else is asked instead of. The token is a person's."""
+    monkeypatch.setattr(Hub, "asked_with", [])
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with HTTPServer(("127.0.0.1", 0), Hub) as server:
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield Hub
+        server.shutdown()
+        thread.join()
+
+
+def asked_for(name: str, folder: Path, command: str = "ladder") -> Any:
+    done = CliRunner().invoke(main, (command, "--spool", str(folder / "spool"), "--model", name))
+    assert TOKEN not in done.output
+    assert not (folder / "spool").exists()
+    return done
+
+
+@pytest.mark.parametrize("command", ["ladder", "run", "sweep"])
+@pytest.mark.parametrize(
+    ("name", "nearest"), [("segmind/SSD-1b", "segmind/SSD-1B, ssd-1b"), ("a/b", "tiny, sdxl"), ("sdxl/base", "sdxl, ")]
+)
+def test_a_name_that_is_nowhere_is_bad_input_and_has_neighbours(
+    name: str, nearest: str, command: str, hub: type[Hub], tmp_path: Path
+) -> None:
+    done = asked_for(name, tmp_path, command)
+    assert (done.exit_code, done.output.count("\n")) == (2, 1)
+    assert done.output.startswith(
+        f"Error: The model {name!r} can't be found (it is no folder, nor is it on the hub, where HF_TOKEN opens what "
+        f"is private): the nearest are {nearest}"
+    )
+    assert hub.asked_with == [f"Bearer {TOKEN}"]
+
+
+def test_a_name_that_the_hub_gives_nobody_is_bad_input(tmp_path: Path) -> None:
+    done = asked_for("sdxl/a..b", tmp_path)
+    assert done.exit_code == 2
+    assert "'sdxl/a..b' can't be found (it is no folder, nor a name that the hub allows): the nearest " in done.output
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_without_a_network_a_name_that_isnt_in_the_cache_is_bad_input(
+    offline: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:1")  # nobody is there
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+    done = asked_for("segmind/SSD-1b", tmp_path)
+    assert (done.exit_code, done.output.count("\n")) == (2, 1)
+    answer = "OfflineModeIsEnabled" if offline else "Connect"
+    assert f"no folder, nor in the hub's local cache, and the hub doesn't answer: {answer}" in done.output
+    assert "): the nearest are segmind/SSD-1B" in done.output
+
+
+def test_what_is_there_and_cant_be_read_is_exit_code_1(
+    hub: type[Hub], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hub, "status", 403)
+    monkeypatch.setattr(hub, "code", "GatedRepo")
+    done = asked_for("somebody/gated", tmp_path)
     assert done.exit_code == 1
-    assert "weights of nobody/nothing can't be reached (OfflineModeIsEnabled): --model FOLDER loads" in done.output
-    with pytest.raises(WeightsUnreachableError):
-        plan.find_model("nobody/nothing")
+    assert "weights of somebody/gated can't be reached (GatedRepoError): --model FOLDER loads" in done.output
+
+
+def test_what_is_half_in_the_cache_is_exit_code_1(sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index, cached = sd15 / unlisted.INDEX, unlisted.INDEX
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache", lambda _, file: str(index) if file == cached else None
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsUnreachableError, match=r"somebody/half can't be reached \(OfflineModeIsEnabled\)"):
+        plan.find_model("somebody/half")
 
 
 def test_random_weights_need_an_entry(sd15: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -73,6 +74,18 @@ def _at_the_start_of_each_call(pipe: Any, begin: Callable[[], None]) -> None:
         return prepare(*args, **kwargs)
 
     pipe.prepare_latents = prepared
+
+
+def _at_the_end_of_each_step(scheduler: Any, end: Callable[[], None]) -> None:
+    """Call `end` when the scheduler steps: a pipeline has it do so once a step, however often it calls its denoiser."""
+    step = type(scheduler).step
+
+    @functools.wraps(step)  # pipelines read which arguments it takes
+    def stepped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        end()
+        return step(self, *args, **kwargs)
+
+    scheduler.step = types.MethodType(stepped, scheduler)  # a copy of the scheduler has one of its own
 
 
 class ReusedFeatures:
@@ -220,15 +233,24 @@ BROADCAST_TIMES = (100, 800)
     lossless=False,
     same_work=False,
     code=f"""
+import functools
 from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
-from diffusers.hooks.hooks import CacheContext, _set_cache_context
-steps_begun = []
-denoiser.register_forward_pre_hook(lambda *_: steps_begun.append(True))
+from diffusers.hooks.pyramid_attention_broadcast import PyramidAttentionBroadcastState
+now = {{"step": 0, "branch": 0}}  # some pipelines call their denoiser once for each branch of guidance
+scheduler_step = pipe.scheduler.step
+states = {{}}
 
 
-def timestep():
-    times = pipe.scheduler.timesteps.tolist()
-    return times[min(len(steps_begun), len(times)) - 1]
+@functools.wraps(scheduler_step)
+def end_step(*args, **kwargs):
+    now.update(step=now["step"] + 1, branch=0)
+    return scheduler_step(*args, **kwargs)
+
+
+def begin_branch(*_):
+    for hook in hooks:  # each branch keeps its own attention
+        hook.state = states.setdefault((hook, now["branch"]), PyramidAttentionBroadcastState())
+    now["branch"] += 1
 
 
 broadcast = PyramidAttentionBroadcastConfig(
@@ -236,10 +258,13 @@ broadcast = PyramidAttentionBroadcastConfig(
     cross_attention_block_skip_range={BROADCAST["cross"]},
     spatial_attention_timestep_skip_range={BROADCAST_TIMES},
     cross_attention_timestep_skip_range={BROADCAST_TIMES},
-    current_timestep_callback=timestep,
+    current_timestep_callback=lambda: pipe.scheduler.timesteps[now["step"]],
 )
 apply_pyramid_attention_broadcast(denoiser, broadcast)
-_set_cache_context(denoiser, CacheContext("both"))  # of rows with guidance and without, where no pipeline says which
+layers = [module for module in denoiser.modules() if hasattr(module, "_diffusers_hook")]
+hooks = [layer._diffusers_hook.get_hook("pyramid_attention_broadcast") for layer in layers]
+denoiser.register_forward_pre_hook(begin_branch)
+pipe.scheduler.step = end_step
 """,
 )
 def pyramid_attention_broadcast(build: Build) -> dict[str, Any]:
@@ -250,7 +275,7 @@ def pyramid_attention_broadcast(build: Build) -> dict[str, Any]:
     """
     from diffusers.hooks import PyramidAttentionBroadcastConfig, apply_pyramid_attention_broadcast
 
-    hooked: HookedModules | None = None
+    hooked: BroadcastingLayers | None = None
     config = PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=BROADCAST["spatial"],
         cross_attention_block_skip_range=BROADCAST["cross"],
@@ -259,7 +284,7 @@ def pyramid_attention_broadcast(build: Build) -> dict[str, Any]:
         current_timestep_callback=lambda: 0 if hooked is None else hooked.timestep,
     )
     apply_pyramid_attention_broadcast(build.denoiser, config)
-    hooked = HookedModules(build.pipe, build.denoiser, "pyramid_attention_broadcast")
+    hooked = BroadcastingLayers(build.pipe, build.denoiser, "pyramid_attention_broadcast")
     if not hooked.hooks:
         raise RuntimeError(f"pyramid_attention_broadcast: {type(build.denoiser).__name__} has no attention it knows")
     if build.spec.steps > 1:
@@ -281,12 +306,11 @@ class HookedModules:
         self.hooks = [registry.hooks[name] for registry in registries if name in registry.hooks]
         for hook in self.hooks:
             hook.fn_ref.original_forward = self._counting(hook.fn_ref.original_forward)
-        self.steps = self.computed = 0
-        self.step = -1  # of the current call
-        self.timesteps: list[float] = []  # of the scheduler, in the current call
+        self.calls = self.computed = 0  # of the denoiser, of the modules
         self.registry = HookRegistry.check_if_exists_or_initialize(denoiser)
+        self.registry.invalidate_child_registries_cache()  # of a call before, which these hooks were not there for
         _at_the_start_of_each_call(pipe, self.restart)
-        denoiser.register_forward_pre_hook(self._begin_step)
+        denoiser.register_forward_pre_hook(self._begin)
 
     def restart(self) -> None:
         """Reuse nothing of the trajectory before."""
@@ -295,23 +319,16 @@ class HookedModules:
         self.registry.reset_stateful_hooks()
         # Under guidance both halves are rows of one batch; a pipeline that calls for each says so itself.
         _set_cache_context(self.denoiser, CacheContext("both"))
-        self.step, self.timesteps = -1, []
-
-    @property
-    def timestep(self) -> float:
-        return self.timesteps[min(self.step, len(self.timesteps) - 1)]
 
     def proof(self, name: str) -> dict[str, Any]:
         """Raises RuntimeError where no module was ever skipped."""
-        called = self.steps * len(self.hooks)
+        called = self.calls * len(self.hooks)
         if self.computed >= called:
-            raise RuntimeError(f"{name}: all of {len(self.hooks)} modules were computed in each of {self.steps} steps")
+            raise RuntimeError(f"{name}: all of {len(self.hooks)} modules were computed in each of {self.calls} calls")
         return {"computed": self.computed, "skipped": called - self.computed}
 
-    def _begin_step(self, *_: Any) -> None:
-        self.steps, self.step = self.steps + 1, self.step + 1
-        if not self.timesteps:  # once a call: they are on the device
-            self.timesteps = self.pipe.scheduler.timesteps.tolist()
+    def _begin(self, *_: Any) -> None:
+        self.calls += 1
 
     def _counting(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
@@ -320,6 +337,48 @@ class HookedModules:
             return forward(*args, **kwargs)
 
         return counted
+
+
+class BroadcastingLayers(HookedModules):
+    """Attention layers under Pyramid Attention Broadcast, with a state of their hooks for each branch of guidance.
+
+    A pipeline may call its denoiser several times a step. diffusers' other hooks keep something for each
+    `cache_context` of these calls; this one keeps one output and one count of calls, whoever calls. Here the calls of a
+    step are told apart by their order, which is there where a pipeline says nothing of contexts, too.
+    """
+
+    def __init__(self, pipe: Any, denoiser: Any, name: str) -> None:
+        super().__init__(pipe, denoiser, name)
+        self.step = self.branch = 0  # of the call, of the step
+        self.timesteps: list[float] = []  # of the scheduler, in the current call
+        self.states: list[list[Any]] = []  # of each branch, by hooks
+        self.followed: list[Any] = []  # schedulers, each in its turn the pipeline's
+
+    def restart(self) -> None:
+        super().restart()
+        self.step = self.branch = 0
+        self.timesteps, self.states = [], []
+        scheduler = self.pipe.scheduler
+        if not any(each is scheduler for each in self.followed):
+            _at_the_end_of_each_step(scheduler, self._end_step)
+            self.followed.append(scheduler)
+
+    @property
+    def timestep(self) -> float:
+        return self.timesteps[min(self.step, len(self.timesteps) - 1)]
+
+    def _begin(self, *_: Any) -> None:
+        super()._begin()
+        if not self.timesteps:  # once a call: they are on the device
+            self.timesteps = self.pipe.scheduler.timesteps.tolist()
+        if self.branch == len(self.states):
+            self.states.append([type(hook.state)() for hook in self.hooks])
+        for hook, state in zip(self.hooks, self.states[self.branch], strict=True):
+            hook.state = state
+        self.branch += 1
+
+    def _end_step(self) -> None:
+        self.step, self.branch = self.step + 1, 0
 
 
 def _guided(steps: int) -> int:

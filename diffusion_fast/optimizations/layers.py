@@ -481,11 +481,18 @@ def prompt_projections(build: Build) -> dict[str, Any]:
 
     As https://github.com/sgl-project/sglang/pull/29755 does for a video model. The layers stay, for the next prompt.
     """
+    import torch
+
     from diffusion_fast.projections import PromptProjections
 
     start = time.perf_counter()
     parameters = list(inspect.signature(type(build.denoiser).forward).parameters)
-    layers = _given_the_prompt(build)
+    linears = (
+        module
+        for module in build.denoiser.modules()
+        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "RowwiseLinear"
+    )
+    layers = _given(build, build.denoiser, PROMPT, linears)
     calibration_s = time.perf_counter() - start
     if not layers:
         raise RuntimeError(
@@ -508,27 +515,23 @@ def prompt_projections(build: Build) -> dict[str, Any]:
 PROMPT = "encoder_hidden_states"  # diffusers' name of it in every denoiser
 
 
-def _given_the_prompt(build: Build) -> list[Any]:
-    """The denoiser's linear layers that are given the prompt's own tensor, and nothing else, in one step."""
-    import torch
-
-    prompt: Any = None
+def _given(build: Build, owner: Any, name: str, modules: Iterable[Any]) -> list[Any]:
+    """Those of `modules` that are called with the tensor itself that `owner` is called with as `name`, each time."""
+    tensor: Any = None
     given: dict[Any, bool] = {}
 
     def begin(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        nonlocal prompt
-        prompt = kwargs.get(PROMPT)  # as pipelines give it
+        nonlocal tensor
+        tensor = kwargs.get(name)  # by name, as pipelines call a denoiser, and diffusers' UNets their blocks
 
-    def note(module: Any, args: tuple[Any, ...]) -> None:
-        given[module] = given.get(module, True) and prompt is not None and args[0] is prompt
+    def note(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found = tensor is not None and any(each is tensor for each in (*args, *kwargs.values()))
+        given[module] = given.get(module, True) and found
 
-    hooks = [build.denoiser.register_forward_pre_hook(begin, with_kwargs=True)] + [
-        module.register_forward_pre_hook(note)
-        for module in build.denoiser.modules()
-        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "RowwiseLinear"
-    ]
+    hooks = [owner.register_forward_pre_hook(begin, with_kwargs=True)]
+    hooks += [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules]
     build.short_call(*hooks)
-    return [module for module, only_that in given.items() if only_that]
+    return [module for module, each_time in given.items() if each_time]
 
 
 # Compiling the whole denoiser would take in where the projections are kept; besides, Inductor sees them all there.
@@ -551,7 +554,8 @@ def time_projections(build: Build) -> dict[str, Any]:
     from diffusion_fast.projections import TimeProjections
 
     start = time.perf_counter()
-    blocks = _given_the_time(build)
+    projecting = filter(_projects_the_time, build.denoiser.modules())
+    blocks = _given(build, build.denoiser.down_blocks[0], "temb", projecting)
     calibration_s = time.perf_counter() - start
     if len(blocks) < 2:
         raise RuntimeError(
@@ -570,30 +574,15 @@ def time_projections(build: Build) -> dict[str, Any]:
     return {"projections": len(layers), "calibration_s": calibration_s}
 
 
-def _given_the_time(build: Build) -> list[Any]:
-    """The residual blocks that project the tensor that the first block is given as the time embedding, activated."""
+def _projects_the_time(module: Any) -> bool:
+    """Whether it is a residual block whose time projection is a plain linear layer behind a SiLU."""
     import torch
     from diffusers.models.resnet import ResnetBlock2D
 
-    embedding: Any = None
-    given: dict[Any, bool] = {}
-
-    def begin(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal embedding
-        embedding = kwargs.get("temb")  # as diffusers' UNets give it
-
-    def note(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found = kwargs["temb"] if "temb" in kwargs else args[1]
-        given[block] = given.get(block, True) and embedding is not None and found is embedding
-
-    hooks = [build.denoiser.down_blocks[0].register_forward_pre_hook(begin, with_kwargs=True)] + [
-        module.register_forward_pre_hook(note, with_kwargs=True)
-        for module in build.denoiser.modules()
-        if isinstance(module, ResnetBlock2D)
+    return (
+        isinstance(module, ResnetBlock2D)
         and type(module.time_emb_proj) is torch.nn.Linear
         and type(module.time_emb_proj.weight.data) is torch.Tensor  # not torchao's
         and type(module.nonlinearity) is torch.nn.SiLU
         and not module.skip_time_act
-    ]
-    build.short_call(*hooks)
-    return [block for block, as_it_is in given.items() if as_it_is]
+    )

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffusion_fast.spec import Model, RunSpec
+from diffusion_fast.spec import DTYPES, Model, RunSpec
 
 STAGES = (
     *("load", "attention", "layout", "fuse", "swap", "quantize", "hoist"),
@@ -119,6 +119,11 @@ class Optimization:
     @property
     def summary(self) -> str:
         return (inspect.getdoc(self.apply) or "").partition("\n")[0]
+
+    @property
+    def for_16_bits(self) -> bool:
+        """Whether it has no meaning in fp32."""
+        return any(set(group) <= set(DTYPES) for group in self.requires)
 
 
 OPTIMIZATIONS: dict[str, Optimization] = {}
