@@ -55,7 +55,7 @@ class KernelAttnProcessor:
         else:
             projected = attn.to_q(hidden_states), *attn.to_kv(context).chunk(2, -1)
         q, k, v = (each.unflatten(-1, (attn.heads, -1)) for each in projected)
-        made: torch.Tensor = operators.attention(q, k, v, 1 / math.sqrt(q.shape[-1]), q.dtype).flatten(2)
+        made: torch.Tensor = operators.attention(q, k, v, 1 / math.sqrt(q.shape[-1])).flatten(2)
         for layer in attn.to_out:  # a linear and a dropout
             made = layer(made)
         return made

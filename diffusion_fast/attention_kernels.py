@@ -83,8 +83,7 @@ def _attention_kernel(
 ):  # fmt: skip
     """q (BATCH, QUERIES, HEADS, DIM), k and v (BATCH, KEYS, HEADS, DIM) → out as q; scale is for exponents of two.
 
-    Heads are WIDTH wide as a tile. KEYS are ALONE in one block, for TILES of queries, or in many. To fp8 the
-    processor's own conversion saturates.
+    Heads are WIDTH wide as a tile. KEYS are ALONE in one block, for TILES of queries, or in many.
     """
     # A head's queries first: its keys and values stay in the cache that all multiprocessors share.
     tiles = tl.cdiv(QUERIES, FIRST * TILES if ALONE else FIRST)
@@ -157,14 +156,12 @@ def _described(tensor: torch.Tensor) -> TensorDescriptor:
     return TensorDescriptor(tensor, list(tensor.shape), strides, [1] * 4)
 
 
-def launch_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out_dtype: torch.dtype
-) -> torch.Tensor:
+def launch_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
     """`attention` by its Triton kernel. A copy is made of what doesn't begin and go on in multiples of 16 bytes."""
-    check_attention(q, k, v, scale, out_dtype)
+    check_attention(q, k, v, scale)
     batch, queries, heads, dimension = q.shape
     keys = k.shape[1]
-    out = torch.empty(q.shape, dtype=out_dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel():
 
         def programs(chosen: dict[str, Any]) -> tuple[int]:

@@ -1,7 +1,7 @@
 """Operations that have kernels of our own, in plain PyTorch: what they mean, and what runs on a CPU.
 
 Most are on numbers of eight bits; linears that end in GEGLU and the group norm at the end are in 16 or 32, too, and
-attention in 16 only, but for its result.
+attention in 16 only.
 
 Rows (of a linear layer's input) get a scale each, images (of a convolution's input) one each, both computed at run
 time: q = round(x / scale), with scale = max|x| / the format's largest number. A product of such numbers is scaled back
@@ -493,13 +493,11 @@ WIDEST_HEAD = 128
 HALVES = (torch.bfloat16, torch.float16)
 
 
-def check_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out_dtype: torch.dtype) -> None:
+def check_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> None:
     if {q.dtype, k.dtype, v.dtype} not in ({HALVES[0]}, {HALVES[1]}):
         raise ValueError(
             f"attention of {q.dtype}, {k.dtype} and {v.dtype}: all have to be one of {', '.join(map(str, HALVES))}"
         )
-    if out_dtype not in (q.dtype, torch.float8_e4m3fn):
-        raise ValueError(f"attention of {q.dtype} to {out_dtype}: it is written as it came, or to torch.float8_e4m3fn")
     if q.ndim != 4 or k.shape != v.shape or (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]) or not k.shape[1]:
         raise ValueError(
             f"attention of {tuple(q.shape)} to {tuple(k.shape)} and {tuple(v.shape)}: all are (batch, tokens, heads, "
@@ -516,29 +514,24 @@ def takes_heads_of(dimension: int) -> bool:
     return 0 < dimension <= WIDEST_HEAD and dimension % 8 == 0
 
 
-def saturated(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x in another dtype; what is beyond fp8's largest number becomes that."""
-    return (x.clamp(-LARGEST[dtype], LARGEST[dtype]) if dtype in LARGEST else x).to(dtype)
-
-
 @torch.library.custom_op("diffusion_fast::attention", mutates_args=(), device_types="cpu")
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out_dtype: torch.dtype) -> torch.Tensor:
-    """softmax(q kᵀ scale) v by heads: q (batch, queries, heads, dim), k and v (batch, keys, heads, dim) → q's shape.
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """softmax(q kᵀ scale) v by heads: q (batch, queries, heads, dim), k and v (batch, keys, heads, dim) → q's shape and
+    dtype.
 
     All are bf16 or all fp16, views of a fused projection's result as they lie, and `dim` is a multiple of 8 up to 128
-    (else ValueError). There is no mask. `out_dtype` is theirs or torch.float8_e4m3fn, to which the result is cast as it
-    is, saturating: a scale belongs into what made v, since the result is as v is. Accumulated in fp32; on a GPU the
-    softmax's numbers are rounded to q's dtype before they meet v, as everywhere.
+    (else ValueError). There is no mask. Accumulated in fp32; on a GPU the softmax's numbers are rounded to q's dtype
+    before they meet v, as everywhere.
     FlashAttention: https://arxiv.org/abs/2205.14135
     """
-    check_attention(q, k, v, scale, out_dtype)
+    check_attention(q, k, v, scale)
     wide_q, wide_k, wide_v = (each.transpose(1, 2).float() for each in (q, k, v))
     # Not by scaled_dot_product_attention, which on a CPU makes 0 of a NaN.
     made = (wide_q @ wide_k.transpose(-1, -2) * scale).softmax(-1) @ wide_v
-    return saturated(made.transpose(1, 2), out_dtype).contiguous()
+    return made.transpose(1, 2).to(q.dtype).contiguous()
 
 
 @attention.register_fake
-def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, out_dtype: torch.dtype) -> torch.Tensor:
-    check_attention(q, k, v, scale, out_dtype)
-    return torch.empty(q.shape, dtype=out_dtype, device=q.device)
+def _(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    check_attention(q, k, v, scale)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)

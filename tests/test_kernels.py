@@ -607,13 +607,9 @@ def test_attention_is_exact_to_rounding(case: tuple[int, ...], of: torch.dtype) 
     given = attended(*case, of)
     exact, allowed = exactly_attended(*given, 0.3)
     for attend in (attention_kernels.launch_attention, operators.attention):
-        made = attend(*given, 0.3, of)
+        made = attend(*given, 0.3)
         assert made.dtype == of and made.is_contiguous() and made.shape == given[0].shape
         assert ((made.double() - exact).abs() <= allowed).all()
-        made = attend(*given, 0.3, torch.float8_e4m3fn)
-        assert made.dtype == torch.float8_e4m3fn and made.is_contiguous()
-        allowed_in_fp8 = half_unit(exact, torch.float8_e4m3fn) + allowed
-        assert ((made.double() - exact).abs() <= allowed_in_fp8 * 1.01).all()
 
 
 def test_attention_reads_a_fused_projection_as_it_lies_and_copies_what_it_cant() -> None:
@@ -623,9 +619,9 @@ def test_attention_reads_a_fused_projection_as_it_lies_and_copies_what_it_cant()
     descriptors = [attention_kernels._described(each) for each in (q, k, v)]
     assert [each.base.data_ptr() for each in descriptors] == [each.data_ptr() for each in (q, k, v)]
     assert {tuple(each.strides) for each in descriptors} == {(tokens * 384, 384, 64, 1)}
-    made = attention_kernels.launch_attention(q, k, v, 0.125, torch.bfloat16)
+    made = attention_kernels.launch_attention(q, k, v, 0.125)
     apart = [each.clone(memory_format=torch.contiguous_format) for each in (q, k, v)]
-    assert torch.equal(made, attention_kernels.launch_attention(*apart, 0.125, torch.bfloat16))
+    assert torch.equal(made, attention_kernels.launch_attention(*apart, 0.125))
     for awkward_one in (
         torch.randn(2, 70, 2, 72)[..., 1:65].bfloat16(),  # an odd address, were it a slice
         torch.randn(2, 2, 64, 70).bfloat16().permute(0, 3, 1, 2),  # dimensions far from each other
@@ -635,43 +631,39 @@ def test_attention_reads_a_fused_projection_as_it_lies_and_copies_what_it_cant()
         descriptor = attention_kernels._described(awkward_one)
         assert descriptor.base.data_ptr() % 16 == 0 and all(each % 8 == 0 for each in descriptor.strides[:3])
         made, plain = (
-            attend(awkward_one, k, v, 0.125, torch.bfloat16)
-            for attend in (attention_kernels.launch_attention, operators.attention)
+            attend(awkward_one, k, v, 0.125) for attend in (attention_kernels.launch_attention, operators.attention)
         )
         torch.testing.assert_close(made, plain, atol=1e-2, rtol=2e-2)
 
 
-def test_attention_to_eight_bits_saturates_and_a_nan_stays_one() -> None:
+def test_attention_of_a_nan_stays_one() -> None:
     q, k, v = (torch.ones(1, 3, 2, 8).bfloat16() for _ in range(3))
-    v[..., 0], v[..., 1, 1], q[:, 2] = 1000, -500, math.nan
+    q[:, 2] = math.nan
     for attend in (attention_kernels.launch_attention, operators.attention):
-        made = attend(q, k, v, 1.0, torch.float8_e4m3fn).float()
-        assert (made[:, :2, :, 0] == 448).all() and (made[:, :2, 1, 1] == -448).all() and made[:, 2].isnan().all()
-        assert (made[:, :2, :, 2:] == 1).all()
+        made = attend(q, k, v, 1.0)
+        assert made[:, 2].isnan().all() and (made[:, :2] == 1).all()
 
 
 def test_attention_that_cant_be_is_refused() -> None:
     q, k = torch.ones(1, 3, 2, 16).bfloat16(), torch.ones(1, 5, 2, 16).bfloat16()
     for attend in (attention_kernels.launch_attention, operators.attention):
         with pytest.raises(ValueError, match=r"torch\.bfloat16, torch\.float16 and torch\.bfloat16: all"):
-            attend(q, k.half(), k, 1.0, q.dtype)
+            attend(q, k.half(), k, 1.0)
         with pytest.raises(ValueError, match=r"attention of torch\.float32"):
-            attend(q.float(), k.float(), k.float(), 1.0, torch.float32)
-        with pytest.raises(ValueError, match=r"to torch\.float16: it is written as it came"):
-            attend(q, k, k, 1.0, torch.float16)
+            attend(q.float(), k.float(), k.float(), 1.0)
         with pytest.raises(ValueError, match="only the tokens of the first may differ"):
-            attend(q, k, k[:, :4], 1.0, q.dtype)
+            attend(q, k, k[:, :4], 1.0)
         with pytest.raises(ValueError, match="only the tokens of the first may differ"):
-            attend(q[:, :, :1], k, k, 1.0, q.dtype)
+            attend(q[:, :, :1], k, k, 1.0)
         with pytest.raises(ValueError, match="only the tokens of the first may differ"):
-            attend(q, k[:, :0], k[:, :0], 1.0, q.dtype)
+            attend(q, k[:, :0], k[:, :0], 1.0)
         with pytest.raises(ValueError, match="heads of 12: they have to be a multiple of 8, 128 at most"):
-            attend(q[..., :12], k[..., :12], k[..., :12], 1.0, q.dtype)
+            attend(q[..., :12], k[..., :12], k[..., :12], 1.0)
         with pytest.raises(ValueError, match="heads of 160"):
-            attend(q.repeat(1, 1, 1, 10), k.repeat(1, 1, 1, 10), k.repeat(1, 1, 1, 10), 1.0, q.dtype)
+            attend(q.repeat(1, 1, 1, 10), k.repeat(1, 1, 1, 10), k.repeat(1, 1, 1, 10), 1.0)
         with pytest.raises(ValueError, match=r"scaled by -1\.0: it has to be above 0"):
-            attend(q, k, k, -1.0, q.dtype)
-    assert attention_kernels.launch_attention(q[:, :0], k, k, 1.0, q.dtype).shape == (1, 0, 2, 16)
+            attend(q, k, k, -1.0)
+    assert attention_kernels.launch_attention(q[:, :0], k, k, 1.0).shape == (1, 0, 2, 16)
 
 
 def operations(dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
@@ -700,7 +692,7 @@ def operations(dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
         (operators.layer_norm_quantize_rows, (x, torch.ones(16), torch.zeros(16), 1e-5, dtype)),
         (operators.group_norm_nhwc, (image, 4, torch.ones(16), torch.zeros(16), 1e-5, True, None, image[:, :, 0, 0])),
         (operators.group_norm_quantize_nhwc, (image, 4, torch.ones(16), torch.zeros(16), 1e-5, True, dtype)),
-        (operators.attention, (*halves_of_heads.unbind(2), 0.25, torch.bfloat16)),
+        (operators.attention, (*halves_of_heads.unbind(2), 0.25)),
     ]
 
 

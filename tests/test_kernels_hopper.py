@@ -162,28 +162,25 @@ def test_convolutions_use_the_tensor_cores_and_the_copy_engine(
 
 
 KEYS = {"whole": 1024, "ragged": 1000, "alone": 77}
-# Of the width of a head, its keys and its result's format: what SDXL has, then what else is taken.
-ATTENTIONS = (
-    *((64, "whole", "bf16"), (64, "alone", "bf16"), (64, "ragged", "bf16")),
-    *((64, "whole", "fp8e4nv"), (64, "alone", "fp8e4nv"), (32, "whole", "bf16"), (128, "ragged", "bf16")),
-)
+# Of the width of a head and its keys: what SDXL has, then what else is taken.
+ATTENTIONS = ((64, "whole"), (64, "alone"), (64, "ragged"), (32, "whole"), (128, "ragged"))
 
 
 def attention_cases() -> list[Any]:
     tuner, found = attention_kernels._attention_kernel, []
-    for width, keys, out in () if INTERPRETED else ATTENTIONS:
+    for width, keys in () if INTERPRETED else ATTENTIONS:
         tuner.nargs = {"KEYS": KEYS[keys]}
         tried = tuner.prune_configs({"ALONE": keys == "alone", "WIDTH": width})
         for number, each in enumerate(tried):
             marks = pytest.mark.full if number else ()
-            found.append(pytest.param(width, keys, out, each, id=f"{width} {keys} {out} {each}", marks=marks))
+            found.append(pytest.param(width, keys, each, id=f"{width} {keys} {each}", marks=marks))
     return found
 
 
-@pytest.mark.parametrize("width, keys, out, config", attention_cases())
-def test_attention_leaves_its_scores_in_registers(width: int, keys: str, out: str, config: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("width, keys, config", attention_cases())
+def test_attention_leaves_its_scores_in_registers(width: int, keys: str, config: Any, tmp_path: Path) -> None:
     tile = config.kwargs
-    types = dict.fromkeys(("QUERIES", "KEYS", "HEADS"), "i32") | {"scale": "fp32", "out": f"*{out}"}
+    types = dict.fromkeys(("QUERIES", "KEYS", "HEADS"), "i32") | {"scale": "fp32", "out": "*bf16"}
     types |= {
         name: f"tensordesc<bf16[1, {tile[side]}, 1, {width}]>"
         for name, side in (("q", "FIRST"), ("k", "SECOND"), ("v", "SECOND"))
@@ -196,7 +193,6 @@ def test_attention_leaves_its_scores_in_registers(width: int, keys: str, out: st
     assert usage["STACK"] == usage["LOCAL"] == 0 and usage["SHARED"] <= 227 * 1024
     assert usage["REG"] * 32 * config.num_warps <= 65536 // (2 if width <= 64 and tile["FIRST"] <= 64 else 1)
     assert "cp.async.bulk.tensor" in ptx and "ld.global" not in ptx and "st.global.v4" in ptx
-    assert "cvt.rn.satfinite.e4m3x2.f32" in ptx or out == "bf16"
     assert not re.findall(r"ex2\.approx\.f32", ptx)  # without ftz small numbers take three more instructions
     code = machine_code(tmp_path / "kernel.cubin").splitlines()
     products = [number for number, line in enumerate(code) if "HGMMA." in line]
