@@ -628,6 +628,9 @@ def ui(port: int, tracking_uri: str | None) -> None:
     uri = tracking_uri or default_uri()
     if uri.startswith("http"):
         fail(f"{uri} is a server already: open it in a browser.", 2)
+    # For one person. MLflow would start four workers, and eight processes more for jobs that nobody here gives it.
+    os.environ.setdefault("MLFLOW_WORKERS", "1")
+    os.environ.setdefault("MLFLOW_SERVER_ENABLE_JOB_EXECUTION", "false")
     os.execv(
         sys.executable,
         (sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", uri, "--port", str(port)),

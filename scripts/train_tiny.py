@@ -65,7 +65,7 @@ class Plan:
 
 
 SMOKE = Plan(
-    scenes=64,
+    scenes=16,
     vae_steps=4,
     vae_batch=4,
     steps=4,

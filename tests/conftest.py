@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import shutil
+import sqlite3
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +13,18 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from diffusion_fast import plan, rows, spool
+from diffusion_fast import plan, rows, spool, tracking
 from diffusion_fast.spec import Failure, Ladder, Outcome, Result, RunSpec
 
 CPU = plan.Device("cpu", "CPU")
 H100 = plan.Device("cuda", "NVIDIA H100", (9, 0))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def only_what_is_new_is_searched_for_garbage() -> None:
+    """Libraries and what earlier tests left are millions of objects, a second and a half of each full collection."""
+    gc.collect()
+    gc.freeze()
 
 
 def planned(name: str = "progressive", device: plan.Device = CPU, model: str = "tiny", **settings: Any) -> Ladder:
@@ -99,3 +109,24 @@ def climbed(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow's, with all tables and nothing in them: it takes MLflow most of a second, by a hundred migrations."""
+    file = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    tracking.connect(f"sqlite:///{file}")
+    with sqlite3.connect(file) as connection:
+        connection.execute("DELETE FROM experiments")  # its first one knows the folder that it was made in
+    return file
+
+
+@pytest.fixture
+def store(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The URI of an empty store in the test's own folder, where runs go unless told otherwise."""
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("DIFFUSION_FAST_SPOOL", raising=False)
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(database, tmp_path)
+    return f"sqlite:///{tmp_path / database.name}"

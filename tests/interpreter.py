@@ -1,11 +1,13 @@
-"""Triton's interpreter, mended where it doesn't compute what a GPU does, or doesn't run at all."""
+"""Triton's interpreter, mended where it doesn't compute what a GPU does, doesn't run at all, or takes twice as long."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 import triton.language as tl
+from triton.language import core, semantic
 from triton.runtime import interpreter
 
 TORCH = {
@@ -14,6 +16,7 @@ TORCH = {
     tl.bfloat16: torch.bfloat16,
     tl.float8e4nv: torch.float8_e4m3fn,
 }
+NUMPY = {"add": "add", "sub": "subtract", "mul": "multiply"}
 BITS = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32}
 
 convert_by_triton = interpreter._convert_float
@@ -50,8 +53,25 @@ def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
     return dot_by_triton(self, a, b, *rest)
 
 
+def check_overflow(self: Any, a: Any, b: Any, operation: Any) -> None:
+    """Triton's own interprets a dozen operations for each one of integers, and asks nothing of what comes out."""
+    kind = a.type.scalar
+    assert kind == b.type.scalar and kind.is_int()
+    if kind.int_bitwidth < 64:
+        made = getattr(np, NUMPY[operation.__name__])(*(each.handle.data.astype(np.int64) for each in (a, b)))
+        assert made.size == 0 or (kind.get_int_min_value() <= made.min() and made.max() <= kind.get_int_max_value()), (
+            f"int{kind.int_bitwidth} overflow detected for operation {operation.__name__}"
+        )
+
+
 def mend() -> None:
     """For the rest of the process, which is the interpreter's own."""
     interpreter._convert_float = convert
     interpreter._patch_lang_tensor = patch
     interpreter.InterpreterBuilder.create_dot = create_dot
+    semantic.TritonSemantic.binary_op_sanitize_overflow_impl = check_overflow
+    # Triton looks through its whole language for what is to be interpreted at each call of a function, the kernels' own
+    # and `tl.sum` alike, and puts some of it back afterwards. Here that is done once, in all modules that kernels see.
+    assert all(module in globals().values() for module in (tl, core))
+    interpreter._patch_lang(mend)
+    interpreter._patch_lang = lambda function: interpreter._LangPatchScope()

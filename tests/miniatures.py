@@ -41,6 +41,11 @@ def _vae(config: Config) -> Config:
     return {"block_out_channels": [8, 16, 16, 16], "norm_num_groups": 8, "layers_per_block": 1}
 
 
+def _at_most_two(layers: Any) -> Any:
+    """How many transformer blocks follow each other, as it is for a level or each of its layers."""
+    return [_at_most_two(each) for each in layers] if isinstance(layers, list) else min(layers, 2)
+
+
 def _unet(config: Config) -> Config:
     levels = len(config["block_out_channels"])
     two_encoders = config.get("addition_embed_type") == "text_time"
@@ -50,6 +55,9 @@ def _unet(config: Config) -> Config:
         "norm_num_groups": 8,
         "cross_attention_dim": 2 * CONTEXT if two_encoders else CONTEXT,
     }
+    for layers in ("transformer_layers_per_block", "reverse_transformer_layers_per_block"):
+        if config.get(layers) is not None:
+            small[layers] = _at_most_two(config[layers])
     if two_encoders:
         small["projection_class_embeddings_input_dim"] = CONTEXT + 6 * config["addition_time_embed_dim"]
     return small

@@ -135,10 +135,8 @@ def test_of_attempts_the_last_that_finished_counts() -> None:
     assert check(measured("base", [1.0, 1.0]), tries, [], 0.03).outcome == "ok"
 
 
-def test_the_command_asks_mlflow_and_says_it_by_its_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("store")
+def test_the_command_asks_mlflow_and_says_it_by_its_exit_code(tmp_path: Path) -> None:
     ladder = planned("cpu")
     folder = spool.save_ladder(tmp_path / "spool", ladder)
     for number in (1, 2, 3):

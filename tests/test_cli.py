@@ -26,7 +26,7 @@ def nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def pretended(store: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Workers that finish at once; those rungs fail whose recipe is in the list `failing`."""
     failing: list[str] = []
 
@@ -308,6 +308,7 @@ def test_an_unreachable_server_is_said_in_a_sentence() -> None:
     assert (done.exit_code, "MLflow could not be read" in done.output) == (1, True)
 
 
+@pytest.mark.usefixtures("store")
 def test_sync_goes_past_a_ladder_that_can_not_be_read(climbed: Callable[..., Path]) -> None:
     broken, whole = climbed(), climbed()
     next(broken.glob("00-baseline/*/result.json")).write_text("{")
@@ -332,6 +333,7 @@ def test_report_reads_the_spool_and_mlflow_alike(pretended: list[str], tmp_path:
     assert one.startswith(two)  # the spool also knows the ladder's notes
 
 
+@pytest.mark.usefixtures("store")
 def test_interrupting_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -363,6 +365,7 @@ def test_check_says_what_there_is_where_nothing_matches(pretended: list[str]) ->
     assert "compile, " in done.output
 
 
+@pytest.mark.usefixtures("store")
 def test_profile_measures_profiles_and_shows_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     step = {"ms": 2.0, "ranges": 3, "top": [], "classes": {"linear": {"ms": 1.5, "kernels": 4.0, "tflops": 3.0}}}
 

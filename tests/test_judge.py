@@ -12,7 +12,7 @@ from skimage.filters import gaussian
 
 from diffusion_fast import world
 from diffusion_fast.draw import arrange, draw
-from diffusion_fast.judge import judge, read
+from diffusion_fast.judge import Seen, judge, read
 from diffusion_fast.world import Scene, Thing
 
 NOISE = 8 / 255
@@ -35,12 +35,25 @@ def drawn() -> list[tuple[Scene, Any]]:
     return list(zip(scenes, pictures(scenes, seed=11), strict=True))
 
 
+@pytest.fixture(scope="module")
+def readings(drawn: list[tuple[Scene, Any]]) -> dict[int, tuple[str, list[Seen]]]:
+    """What each drawn picture shows, which is the same whatever it is asked about, and takes longer than to judge."""
+    return {id(picture): read(picture) for _, picture in drawn}
+
+
+@pytest.fixture
+def read_once(readings: dict[int, tuple[str, list[Seen]]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffusion_fast.judge.read", lambda picture: readings[id(picture)])
+
+
+@pytest.mark.usefixtures("read_once")
 def test_2000_noisy_scenes_are_read_back(drawn: list[tuple[Scene, Any]]) -> None:
     wrong = [(scene, judge(picture, scene).reason) for scene, picture in drawn]
     wrong = [each for each in wrong if each[1]]
     assert len(wrong) <= 0.005 * len(drawn), wrong[:5]
 
 
+@pytest.mark.usefixtures("read_once")
 def test_shuffled_captions_are_right_by_chance_alone(drawn: list[tuple[Scene, Any]]) -> None:
     scenes = [scene for scene, _ in drawn]
     right = sum(judge(picture, scene).right for scene, (_, picture) in zip(scenes[1:] + scenes[:1], drawn, strict=True))

@@ -198,11 +198,8 @@ def test_wherever_a_bit_is_wrong_it_is_refused_or_has_no_meaning(file: Path, tmp
 
 
 @pytest.fixture
-def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, dict[str, bytes]]]:
+def pretended(store: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, dict[str, bytes]]]:
     """Workers that finish at once and compile what a worker would; what each found in its cache before that."""
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "DIFFUSION_FAST_SPOOL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
     found: list[tuple[str, int, dict[str, bytes]]] = []
 
     def launch(spec: RunSpec, folder: Path, timeout_s: float, shared_cache: Path | None) -> Outcome | None:

@@ -178,11 +178,8 @@ def test_a_plot_of_failures_alone_is_there_too(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def pretended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path | None]:
+def pretended(store: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path | None]:
     """By point the compile cache it was given. Workers finish at once, and hold no more than two images of 64×64."""
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "DIFFUSION_FAST_SPOOL"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
     given: dict[str, Path | None] = {}
 
     def launch(spec: RunSpec, folder: Path, timeout_s: float, shared_cache: Path | None) -> Outcome | None:

@@ -14,25 +14,28 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffusion_fast import models, pipeline, spool, worker, world
+from diffusion_fast import measure, models, pipeline, spool, worker, world
 from diffusion_fast.draw import arrange, draw
 from diffusion_fast.optimizations import Build
 from diffusion_fast.spec import Failure, Result, RunSpec
 from tests.conftest import planned
 
 
+def noise(size: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (size, size, 3), np.uint8))
+
+
+NOISE = noise(256)
+
+
 @pytest.fixture
 def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RunSpec, Path]:
+    """A rung whose calls are short, and as many as they have to be: test_measure.py has for how long they are timed."""
     ladder = planned()
     folder = spool.run_folder(spool.save_ladder(tmp_path, ladder), ladder.rungs[0])
     folder.mkdir(parents=True)
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1024, 1024, 3), np.uint8))
     build = Build(models.MODELS["tiny"], ladder.rungs[0], pipe=SimpleNamespace(components={}))
     monkeypatch.setattr(worker, "_load", lambda spec, progress: (build, {"int8": {"calibration_s": 1.0}}, 0.25))
-
-    def call(build: Build) -> list[Any]:
-        time.sleep(0.3)
-        return [noise]
 
     def call_for(build: Build, prompts: list[str], seeds: list[int]) -> list[Any]:
         scenes = [scene for scene in map(world.parse, prompts) if scene is not None]
@@ -40,11 +43,22 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RunSpec, 
         pixels = draw(arrange(scenes, torch.Generator().manual_seed(seeds[0])))[0].permute(1, 2, 0)
         return [Image.fromarray((pixels * 255).byte().numpy())]
 
-    monkeypatch.setattr(pipeline, "call", call)
+    monkeypatch.setattr(measure, "MIN_SECONDS", 0.0)
+    painting(monkeypatch, NOISE, seconds=0.01)
     monkeypatch.setattr(pipeline, "call_for", call_for)
-    monkeypatch.setattr(worker, "_phases", lambda build: ({"denoising_s": 0.2}, to_floats(noise)))
     monkeypatch.setattr(worker, "_limits", lambda *_: {})  # a stand-in has no operations to count
     return ladder.rungs[0], folder
+
+
+def painting(monkeypatch: pytest.MonkeyPatch, image: Image.Image, seconds: float) -> None:
+    """Have each call take so long and paint this."""
+
+    def call(build: Build) -> list[Any]:
+        time.sleep(seconds)
+        return [image]
+
+    monkeypatch.setattr(pipeline, "call", call)
+    monkeypatch.setattr(worker, "_phases", lambda build: ({"denoising_s": 0.2}, to_floats(image)))
 
 
 def to_floats(image: Image.Image) -> torch.Tensor:
@@ -58,14 +72,17 @@ class Silent:
         self.stage = stage
 
 
-def test_a_measurement_has_its_samples_its_image_and_its_fidelity(prepared: tuple[RunSpec, Path]) -> None:
+def test_a_measurement_has_its_samples_its_image_and_its_fidelity(
+    prepared: tuple[RunSpec, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    painting(monkeypatch, noise(1024), seconds=0.2)
     spec, folder = prepared
     reference = spool.reference_file(folder.parents[1])
     reference.parent.mkdir()
     save_file({"float32": torch.rand(1, 3, 1024, 1024)}, reference)
     result = worker.measure_rung(spec, folder, Silent())  # type: ignore[arg-type]
     assert len(result.samples_s) >= 10
-    assert result.latency_median_s == pytest.approx(0.3, abs=0.05)
+    assert result.latency_median_s == pytest.approx(0.2, abs=0.05)
     assert result.psnr_db is not None
     assert result.psnr_db < 15
     assert (result.problem, result.image_repeats, result.warmed_up) == ("", True, True)
@@ -92,11 +109,7 @@ def test_what_is_no_image_is_a_failure(
 def test_a_call_that_painted_black_is_a_failure_though_all_after_it_is_killed(
     prepared: tuple[RunSpec, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def paint(build: Build) -> list[Image.Image]:
-        time.sleep(0.1)  # of calls that take no time there would be hundreds of thousands
-        return [Image.new("RGB", (64, 64))]
-
-    monkeypatch.setattr(pipeline, "call", paint)
+    painting(monkeypatch, Image.new("RGB", (64, 64)), seconds=0.01)
     monkeypatch.setattr(worker, "_phases", killed)
     with pytest.raises(worker.BrokenImageError, match="black all over"):
         worker.measure_rung(*prepared, Silent())  # type: ignore[arg-type]
@@ -166,14 +179,14 @@ def test_what_fails_after_the_timed_calls_costs_no_measurement(
     spec, folder = prepared
     reference = spool.reference_file(folder.parents[1])
     reference.parent.mkdir()
-    save_file({"float32": torch.rand(1, 3, 1024, 1024)}, reference)
-    smaller = torch.rand(1, 3, 512, 512)
+    save_file({"float32": torch.rand(1, 3, 256, 256)}, reference)
+    smaller = torch.rand(1, 3, 128, 128)
     monkeypatch.setattr(worker, "_phases", lambda build: ({"denoising_s": 0.2}, smaller))
     result = worker.measure_rung(spec, folder, Silent())  # type: ignore[arg-type]
     assert result.latency_median_s > 0
     assert result.phases == {"denoising_s": 0.2}
     assert (result.psnr_db, result.image_repeats) == (None, False)
-    assert "its reference (1, 3, 1024, 1024)" in result.problem
+    assert "its reference (1, 3, 256, 256)" in result.problem
     assert result.accuracy["right"] == 8  # and what comes after it is found out nevertheless
 
 
