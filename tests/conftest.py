@@ -122,11 +122,16 @@ def database(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def store(database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The URI of an empty store in the test's own folder, where runs go unless told otherwise."""
+def nowhere_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the test's own folder, with nothing in the environment that would have runs go to another place."""
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("DIFFUSION_FAST_SPOOL", raising=False)
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def store(database: Path, tmp_path: Path, nowhere_else: None) -> str:
+    """The URI of an empty store in the test's own folder, where runs go unless told otherwise."""
     shutil.copy(database, tmp_path)
     return f"sqlite:///{tmp_path / database.name}"

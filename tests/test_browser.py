@@ -64,13 +64,9 @@ def server(tmp_path: Path) -> Iterator[str]:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
 @pytest.mark.parametrize("through", ["the file", pytest.param("the server", marks=pytest.mark.full)])
-def test_the_link_opens_on_bars_samples_and_images(
-    server: str, climbed: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, through: str
-) -> None:
+@pytest.mark.usefixtures("nowhere_else")
+def test_the_link_opens_on_bars_samples_and_images(server: str, climbed: Callable[..., Path], through: str) -> None:
     """Beside another ladder, which must not show."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
-        monkeypatch.delenv(name, raising=False)
     uri = server if through == "the server" else None
     tracking.finish(climbed((1.0,), "other"), tracking_uri=uri)
     folder = climbed()

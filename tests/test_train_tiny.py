@@ -68,12 +68,8 @@ def test_it_leaves_a_pipeline_its_curves_and_its_judgement(trained: Path) -> Non
     assert (trained / "sheet.jpg").is_file()
 
 
-def test_its_folder_becomes_a_run_with_its_curves_once(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.usefixtures("store")
+def test_its_folder_becomes_a_run_with_its_curves_once(trained: Path) -> None:
     for _ in range(2):
         done = CliRunner().invoke(main, ["sync", str(trained)], catch_exceptions=False)
         assert (done.exit_code, trained.name in done.output) == (0, True)
