@@ -451,7 +451,8 @@ def _by_torchao(build: Build, config: Any, kind: str, chosen: set[Any]) -> dict[
 
 LEAST_ROWS = {"cuda": 256, "cpu": 17}
 # Attention's kernel doesn't quantize what it writes, so that the layer behind it has to, in a kernel of its own. On an
-# H100 that took 3.7 µs for SDXL's 2048 rows of 1280, and eight bits gave back 2.0 (docs/experiments.md).
+# H100 that took 3.7 µs for SDXL's 2048 rows of 1280, and eight bits gave back 2.0 (docs/experiments.md). That
+# grows with both sides of a layer, quantizing with one of them; from where on it pays was not measured.
 LEAST_FEATURES_BEHIND_ATTENTION = 2048
 
 
