@@ -55,10 +55,21 @@ class KernelAttnProcessor:
         else:
             projected = attn.to_q(hidden_states), *attn.to_kv(context).chunk(2, -1)
         q, k, v = (each.unflatten(-1, (attn.heads, -1)) for each in projected)
-        made: torch.Tensor = operators.attention(q, k, v, 1 / math.sqrt(q.shape[-1])).flatten(2)
+        made = attend(q, k, v).flatten(2)
         for layer in attn.to_out:  # a linear and a dropout
             made = layer(made)
         return made
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """q (batch, queries, heads, dim), k and v (batch, keys, heads, dim) → q's shape, by scores over √dim."""
+    made: torch.Tensor = operators.attention(q, k, v, 1 / math.sqrt(q.shape[-1]))
+    return made
+
+
+def own(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: None = None) -> torch.Tensor:
+    """As scaled_dot_product_attention is called: (batch, heads, tokens, dim) each, without a mask."""
+    return attend(*(each.transpose(1, 2) for each in (query, key, value))).transpose(1, 2)
 
 
 def attention_layers(network: Any) -> list[Attention]:

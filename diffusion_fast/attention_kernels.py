@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from diffusion_fast.kernels import INTERPRETED, _time  # first: it says what it needs where there is no Triton
+from diffusion_fast.kernels import INTERPRETED, _at_once, _time  # first: it says what it needs where there is no Triton
 from diffusion_fast.operators import attention, check_attention
 
 # isort: split
@@ -73,7 +73,7 @@ def _fitting(candidates: list[Any], arguments: dict[str, Any], **constants: Any)
         )
     ],
     key=["QUERIES", "KEYS", "HEADS", "DIM"],
-    prune_configs_by={"early_config_prune": _fitting},
+    prune_configs_by=_at_once(lambda: _attention_kernel, _fitting),  # type: ignore[has-type]
     do_bench=_time,
 )
 @triton.jit(do_not_specialize=["QUERIES", "KEYS", "HEADS"])

@@ -4,6 +4,8 @@ Importing this module has CUDA tensors go to them. `launch_NAME` starts the kern
 for the device, but for the first call of a shape that is autotuned.
 """
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ import torch
 try:
     import triton
     import triton.language as tl
+    from triton import AsyncCompileMode
     from triton.tools.tensor_descriptor import TensorDescriptor
 except ImportError as error:
     raise ImportError(
@@ -270,6 +273,29 @@ def _time(call: Any, quantiles: Any) -> Any:
     return triton.testing.do_bench(call, warmup=5, rep=20, quantiles=quantiles)
 
 
+def _at_once(
+    tuner: Callable[[], Any], fitting: Callable[..., list[Any]] = lambda candidates, *_, **__: candidates
+) -> Any:
+    """A hook for an autotuner, to leave the `fitting` candidates and compile them at the same time.
+
+    It would compile one after the other when it comes to time them: seconds of one core each, in every new process
+    without a cache. Those that don't compile are left to it.
+    """
+
+    def prune(candidates: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
+        left = fitting(candidates, arguments, **constants)
+        given = {**arguments, **{name: each for name, each in constants.items() if name not in ("grid", "warmup")}}
+        with ThreadPoolExecutor() as pool, AsyncCompileMode(pool, ignore_errors=True):
+            for each in left:
+                chosen = given | each.all_kwargs()
+                if each.pre_hook:
+                    each.pre_hook(chosen)
+                tuner().fn.warmup(**chosen, grid=(1,))
+        return left
+
+    return {"early_config_prune": prune}
+
+
 def _set_matmul_tiles(arguments: dict[str, Any], rows: str = "q") -> None:
     for name, side in ((rows, "FIRST"), ("w", "SECOND")):
         depth = arguments["DEPTH"] // arguments[name].base.element_size()
@@ -288,6 +314,7 @@ def _set_matmul_tiles(arguments: dict[str, Any], rows: str = "q") -> None:
         (64, 64, 128, 4, 6),
     ),
     key=["ROWS", "OUT", "IN", "INTEGER"],
+    prune_configs_by=_at_once(lambda: _matmul_kernel),  # type: ignore[has-type]
     do_bench=_time,
 )
 @triton.jit(do_not_specialize=["ROWS", "IN"])  # machine code for these, too, would only be compiled more often
@@ -413,6 +440,7 @@ def _set_geglu_tiles(arguments: dict[str, Any]) -> None:
         ),
     ][: 1 if INTERPRETED else None],
     key=["ROWS", "OUT", "IN", "INTEGER", "SCALED"],
+    prune_configs_by=_at_once(lambda: _linear_geglu_kernel),  # type: ignore[has-type]
     do_bench=_time,
 )
 @triton.jit(do_not_specialize=["ROWS", "IN"])
@@ -598,7 +626,7 @@ def _whole_channels(candidates: list[Any], arguments: dict[str, Any], **constant
         (128, 64, 128, 4, 4),
     ),
     key=["IMAGES", "HEIGHT", "WIDTH", "CHANNELS", "OUT", "TAPS", "STRIDE", "INTEGER", "ITEM"],
-    prune_configs_by={"early_config_prune": _whole_channels},
+    prune_configs_by=_at_once(lambda: _convolution_kernel, _whole_channels),  # type: ignore[has-type]
     do_bench=_time,
 )
 @triton.jit(do_not_specialize=["IMAGES", "HEIGHT", "WIDTH", "CHANNELS"])

@@ -86,8 +86,11 @@ def _paint(build: Build, prompts: str | list[str], images_per_prompt: int, gener
     """`noise` is drawn on the CPU and in fp32, so that every device and dtype starts from the same.
 
     Left to itself the pipeline draws it in its own dtype, which gave a bf16 rung another image than the fp32 one
-    (docs/experiments.md).
+    (docs/experiments.md). Device and dtype are those that were asked for: the pipeline's own answers take it a walk
+    through all of its modules each, 5 to 10 ms a call for SDXL that a user's call doesn't have.
     """
+    import torch
+
     spec = build.spec
     if hasattr(build.pipe, "_pack_latents"):  # its denoiser takes rows of 2×2 latents, and it asks for them as rows
         noise = build.pipe._pack_latents(noise, *noise.shape)
@@ -99,7 +102,7 @@ def _paint(build: Build, prompts: str | list[str], images_per_prompt: int, gener
         width=spec.width,
         num_images_per_prompt=images_per_prompt,
         generator=generator,
-        latents=noise.to(build.pipe.device, build.denoiser.dtype),
+        latents=noise.to(spec.device, getattr(torch, build.dtype)),
         **dict(build.model.call_arguments),
         **build.call_arguments,
     ).images

@@ -41,12 +41,9 @@ GEGLU = PERSISTENT.plus("geglu", "fused_geglu")
 PROMPT = GEGLU.plus("prompt", "prompt_projections")
 ADD_NORM = PROMPT.plus("add-norm", "fused_add_norm")
 TIME = ADD_NORM.plus("time", "time_projections")
-LOSSLESS = TIME.plus("vae", "sliced_vae_attention")
-OWN_ATTENTION = replace(  # to be measured, too
-    LOSSLESS,
-    name="attention-kernel",
-    optimizations=(*(name for name in LOSSLESS.optimizations if name != "attention_backend"), "attention_kernel"),
-)
+VAE = TIME.plus("vae", "sliced_vae_attention")
+WALKS = VAE.plus("walks", "no_module_walks")
+LOSSLESS = WALKS.plus("attention-kernel", "attention_kernel")
 PDL = LOSSLESS.plus("pdl", "dependent_launch")  # to be measured: the next ones do without
 FP8 = LOSSLESS.plus("fp8", "fp8_rows")
 INT8 = LOSSLESS.plus("int8", "int8_rows")
@@ -79,7 +76,7 @@ LADDERS: dict[str, tuple[Recipe, ...]] = {
     "progressive-modes": (*PROGRESSIVE, *DEFAULT_MODE),
     "fast": (
         *(BASELINE, DEFAULT_MODE[-1], REGIONAL, GRAPH, HOST, CUDNN, LAYOUT, NORMS, ATTENTION, PERSISTENT, GEGLU),
-        *(PROMPT, ADD_NORM, TIME, LOSSLESS, PDL, OWN_ATTENTION, INT8, FP8, CONVOLUTIONS),
+        *(PROMPT, ADD_NORM, TIME, VAE, WALKS, LOSSLESS, PDL, INT8, FP8, CONVOLUTIONS),
     ),
     "turbo": (
         PLAIN,

@@ -15,7 +15,7 @@ from diffusion_fast import attention, onestep, operators, plan
 from diffusion_fast.attention import KernelAttnProcessor
 from diffusion_fast.eight_bits import RowwiseLinear
 from diffusion_fast.models import MODELS
-from diffusion_fast.optimizations import OPTIMIZATIONS, Build
+from diffusion_fast.optimizations import OPTIMIZATIONS, Build, layers
 from diffusion_fast.pipeline import build_pipeline, call
 from diffusion_fast.plan import plan_recipe
 from diffusion_fast.projections import Projection
@@ -112,7 +112,7 @@ def test_every_layer_of_the_unet_attends_by_it_and_the_picture_stays(
     layers = attention.attention_layers(made.denoiser)
     assert processors(made.denoiser) == [KernelAttnProcessor] * len(layers)
     assert KernelAttnProcessor not in processors(made.pipe.vae)
-    account = {"attention_layers": len(layers), "masked": 0, "others": 0}
+    account = {"attention_layers": len(layers), "slower": 0, "masked": 0, "others": 0}
     assert {name: applied["attention_kernel"][name] for name in account} == account
     assert made.proofs["attention_kernel"]() == {"attention_layers": len(layers)}
     calls = 0
@@ -187,7 +187,34 @@ def test_where_it_can_take_none_it_says_so() -> None:
         OPTIMIZATIONS["attention_kernel"].apply(made)  # all are taken already
 
 
-def test_it_is_for_bf16_and_hopper_and_in_place_of_pytorchs_kernels() -> None:
+def test_only_layers_that_are_faster_by_it_take_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = build("bf16", "sdpa", "fused_qkv")
+    asked: dict[str, set[Any]] = {}
+
+    def timed(by: str, layouts: Any) -> dict[Any, float]:
+        asked[by] = set(layouts)
+        faster = 1e-6 if by == "own" else 2e-6
+        return {each: faster if each[1][0][2] == 77 else 3e-6 - faster for each in layouts}  # where it is a prompt
+
+    monkeypatch.setattr(layers, "_attention_seconds", timed)
+    made.spec = replace(made.spec, device="cuda")
+    account = layers.attention_kernel(made)
+    every = attention.attention_layers(made.denoiser)
+    crossing = [layer for layer in every if layer.is_cross_attention]
+    assert [layer for layer in every if isinstance(layer.processor, KernelAttnProcessor)] == crossing
+    assert asked["own"] == asked["allowed"] and all(mask is None for *_, mask in asked["own"])
+    assert {"attention_layers", "slower", "masked", "others", "step_ms", "calibration_s"} == set(account)
+    assert (account["attention_layers"], account["slower"]) == (len(crossing), len(every) - len(crossing))
+    count = len(crossing)
+    assert account["step_ms"] == {"own": pytest.approx(count * 1e-3), "allowed": pytest.approx(count * 2e-3)}
+    assert made.proofs["attention_kernel"]() == {"attention_layers": count}
+    # As scaled_dot_product_attention is called.
+    q, k, v = (torch.randn(2, 3, tokens, 16).bfloat16() for tokens in (9, 5, 5))
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert (attention.own(q, k, v) - plain).norm() / plain.norm() < 1e-2
+
+
+def test_it_is_for_bf16_and_hopper_and_goes_beside_pytorchs_kernels() -> None:
     def planned_by(*names: str, device: plan.Device = H100) -> tuple[str, ...]:
         return plan.plan_recipe(MODELS["sdxl"], Recipe("mine", names), device)
 
@@ -196,9 +223,9 @@ def test_it_is_for_bf16_and_hopper_and_in_place_of_pytorchs_kernels() -> None:
         planned_by("sdpa", "attention_kernel")
     with pytest.raises(ValueError, match="attention_kernel requires sdpa"):
         planned_by("bf16", "attention_kernel")
-    with pytest.raises(ValueError, match=r"attention_kernel.*attention_backend|attention_backend.*attention_kernel"):
-        planned_by("bf16", "sdpa", "attention_kernel", "attention_backend")
+    both = planned_by("bf16", "sdpa", "attention_kernel", "attention_backend")
+    assert both.index("attention_backend") < both.index("attention_kernel")  # compared with what was chosen
     with pytest.raises(ValueError, match=r"attention_kernel needs compute capability 9\.0"):
         planned_by("bf16", "sdpa", "attention_kernel", device=plan.Device("cuda", "NVIDIA A100", (8, 0)))
     rungs = [each.name for each in LADDERS["fast"] if "attention_kernel" in each.optimizations]
-    assert rungs == ["attention-kernel"]  # until it is measured
+    assert rungs == ["attention-kernel", "pdl", "int8", "fp8", "convolutions"]

@@ -104,8 +104,9 @@ def test_imports_go_one_way() -> None:
     order = [
         f"diffusion_fast.{name}"
         for name in (
-            "spec world models unlisted recipes inductor graphs ahead adapters modules operators kernels "
-            "norm_kernels attention_kernels attention gated eight_bits norms projections chained sliced scores "
+            "spec world models unlisted recipes inductor graphs timings ahead adapters modules operators "
+            "kernels norm_kernels attention_kernels attention gated eight_bits norms projections chained sliced scores "
+            "walks "
             "optimizations.registry optimizations.numbers optimizations.layers optimizations.quantization "
             "optimizations.compilation optimizations.parts optimizations.approximation optimizations plan script "
             "spool rows fidelity measure watch environment draw judge accuracy outliers pipeline own onestep "

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 triton = pytest.importorskip("triton", reason="Triton isn't installed: the kernels are for GPUs, and for Linux")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -161,6 +162,34 @@ def test_convolutions_use_the_tensor_cores_and_the_copy_engine(
     )  # fmt: skip
 
 
+class Hopper:
+    """A driver that says what the GPU is, and has none."""
+
+    def get_current_target(self) -> Any:
+        return triton.backends.compiler.GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return device
+
+
+def test_candidates_are_compiled_before_the_first_is_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    attending = attention_kernels._attention_kernel
+    monkeypatch.setattr(attending.fn, "device_caches", type(attending.fn.device_caches)(attending.fn.create_binder))
+    q, k, v = (attention_kernels._described(torch.empty(1, 1024, 2, 64, dtype=torch.bfloat16)) for _ in range(3))
+    out = torch.empty(1, 1024, 2, 64, dtype=torch.bfloat16)
+    given = {"q": q, "k": k, "v": v, "out": out, "scale": 1.0, "QUERIES": 1024, "KEYS": 1024, "HEADS": 2}
+    monkeypatch.setattr(triton.runtime.driver, "_active", Hopper())
+    attending.nargs = given
+    asked = {"DIM": 64, "WIDTH": 64, "ALONE": False, "grid": (1,), "warmup": False}
+    candidates = attending.prune_configs(asked)
+    made = list(attending.fn.device_caches[0][0].values())
+    assert len(made) == len(candidates) == 5 and all(each.asm["cubin"] for each in made)
+
+
 KEYS = {"whole": 1024, "ragged": 1000, "alone": 77}
 # Of the width of a head and its keys: what SDXL has, then what else is taken.
 ATTENTIONS = ((64, "whole"), (64, "alone"), (64, "ragged"), (32, "whole"), (128, "ragged"))
@@ -169,8 +198,8 @@ ATTENTIONS = ((64, "whole"), (64, "alone"), (64, "ragged"), (32, "whole"), (128,
 def attention_cases() -> list[Any]:
     tuner, found = attention_kernels._attention_kernel, []
     for width, keys in () if INTERPRETED else ATTENTIONS:
-        tuner.nargs = {"KEYS": KEYS[keys]}
-        tried = tuner.prune_configs({"ALONE": keys == "alone", "WIDTH": width})
+        given = {"ALONE": keys == "alone", "WIDTH": width}
+        tried = attention_kernels._fitting(tuner.configs, {"KEYS": KEYS[keys]}, **given)
         for number, each in enumerate(tried):
             marks = pytest.mark.full if number else ()
             found.append(pytest.param(width, keys, each, id=f"{width} {keys} {each}", marks=marks))
@@ -269,5 +298,5 @@ def test_a_stride_reads_whole_blocks_of_channels_only() -> None:
     tuner = kernels._convolution_kernel
     for channels, stride, item, depths in ((320, 1, 1, {64, 128}), (320, 2, 1, {64}), (320, 2, 2, {64, 128})):
         tuner.nargs = {"CHANNELS": channels}
-        kept = tuner.prune_configs({"STRIDE": stride, "ITEM": item})
+        kept = kernels._whole_channels(tuner.configs, tuner.nargs, STRIDE=stride, ITEM=item)
         assert {each.kwargs["DEPTH"] for each in kept} == depths

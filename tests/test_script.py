@@ -38,6 +38,7 @@ OURS = {
         "time_projections",
         "sliced_vae_attention",
         "attention_kernel",
+        "no_module_walks",
     ),
     *("fp8_rows", "int8_rows", "fp8_convolutions", "int8_convolutions", "prompt_embedding_cache"),
 }

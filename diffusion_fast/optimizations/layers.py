@@ -8,6 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 from diffusion_fast import graphs
@@ -71,7 +72,7 @@ def attention_backend(build: Build) -> dict[str, Any]:
     import torch
 
     start = time.perf_counter()
-    calls = _attention_calls(build)
+    calls = Counter({layouts: count for (layouts, _), count in _attention_calls(build).items()})
     by_layer = {name: _attention_seconds(name, calls) for name in KERNELS}
     graphs.forget(())
     others = by_layer[KERNELS[-1]]  # takes what one of the others can't do
@@ -91,27 +92,36 @@ def attention_backend(build: Build) -> dict[str, Any]:
     return {"backend": best, "step_ms": milliseconds, "calibration_s": time.perf_counter() - start}
 
 
-def _attention_calls(build: Build) -> Counter[tuple[Any, ...]]:
-    """Shapes and strides of query, key, value and mask (or None) in a step of the denoiser, and how often they come."""
+def _attention_calls(build: Build, layers: Iterable[Any] = ()) -> Counter[tuple[Any, ...]]:
+    """Shapes and strides of query, key, value and mask (or None) in a step of the denoiser, and how often they come.
+
+    Behind these stands which of `layers` attended, or None.
+    """
     import torch
 
-    functional, calls = torch.nn.functional, Counter[tuple[Any, ...]]()
+    functional, calls, current = torch.nn.functional, Counter[tuple[Any, ...]](), None
     attend = functional.scaled_dot_product_attention
 
     def noting(query: Any, key: Any, value: Any, attn_mask: Any = None, *args: Any, **kwargs: Any) -> Any:
         given = (query, key, value, attn_mask)
-        calls[tuple(None if each is None else (tuple(each.shape), each.stride()) for each in given)] += 1
+        layouts = tuple(None if each is None else (tuple(each.shape), each.stride()) for each in given)
+        calls[layouts, current] += 1
         return attend(query, key, value, attn_mask, *args, **kwargs)
 
     def begin(*_: Any) -> None:
         calls.clear()
         functional.scaled_dot_product_attention = noting
 
+    def note(layer: Any, *_: Any) -> None:
+        nonlocal current
+        current = layer
+
     # Only while the denoiser runs: the other networks have attention of their own, once a call.
-    before = build.denoiser.register_forward_pre_hook(begin)
-    after = build.denoiser.register_forward_hook(lambda *_: setattr(functional, "scaled_dot_product_attention", attend))
+    hooks = [build.denoiser.register_forward_pre_hook(begin)]
+    hooks += [layer.register_forward_pre_hook(note) for layer in layers]
+    hooks += [build.denoiser.register_forward_hook(lambda *_: setattr(functional, attend.__name__, attend))]
     try:
-        build.short_call(before, after)
+        build.short_call(*hooks)
     finally:
         functional.scaled_dot_product_attention = attend
     return calls
@@ -121,90 +131,109 @@ CALLS = 20  # in one graph: a launch of them takes the host a fraction of what t
 
 
 def _attention_seconds(kernel: str, layers: Iterable[tuple[Any, ...]]) -> dict[tuple[Any, ...], float]:
-    """Seconds of the GPU for each layer's attention by one of KERNELS, on random numbers; infinite where it can't.
+    """Seconds of the GPU for each layer's attention, on random numbers; infinite where there is no such kernel for it.
 
-    The host would need longer to launch the small ones than the GPU to compute them, and all kernels look alike.
+    By one of KERNELS, by whichever of them PyTorch takes as it is ("allowed"), or by our own ("own").
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.benchmark import Timer
 
-    backend = {
+    from diffusion_fast import timings
+
+    backends = {
         "cudnn": SDPBackend.CUDNN_ATTENTION,
         "flash": SDPBackend.FLASH_ATTENTION,
         "mem_efficient": SDPBackend.EFFICIENT_ATTENTION,
-    }[kernel]
-    seconds = {}
-    for layouts in layers:
-        given = [each and torch.empty_strided(*each, device="cuda", dtype=torch.bfloat16).normal_() for each in layouts]
+    }
+    attend: Any = torch.nn.functional.scaled_dot_product_attention
+    allowed = [name for name in KERNELS if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()]
+    who = f"any of {allowed}" if kernel == "allowed" else kernel
+    if kernel == "own":
+        from diffusion_fast import attention
 
-        def attend(given: list[Any] = given) -> list[Any]:
-            return [torch.nn.functional.scaled_dot_product_attention(*given) for _ in range(CALLS)]
+        attend = attention.own
 
+    def measure(layouts: tuple[Any, ...]) -> float:
         try:
-            with sdpa_kernel(backend):
-                replay, _ = graphs.record_on_gpu(attend)
-        except RuntimeError:  # that there is no such kernel for these shapes
-            seconds[layouts] = math.inf
-            continue
-        timer = Timer("replay()", globals={"replay": replay})
-        seconds[layouts] = timer.blocked_autorange(min_run_time=0.05).median / CALLS
-    return seconds
+            with sdpa_kernel(backends[kernel]) if kernel in backends else nullcontext():
+                return _seconds(attend, layouts)
+        except RuntimeError:
+            return math.inf
+
+    return {
+        layouts: timings.kept(f"attention by {who}, {layouts}", functools.partial(measure, layouts))
+        for layouts in layers
+    }
 
 
-# Behind fused_qkv, too, and before eight_bits and prompt_projections take the layers' linears.
+def _seconds(attend: Any, layouts: tuple[Any, ...]) -> float:
+    """Of the GPU: the host would need longer to launch small ones than they take, and all would look alike."""
+    import torch
+    from torch.utils.benchmark import Timer
+
+    given = [each and torch.empty_strided(*each, device="cuda", dtype=torch.bfloat16).normal_() for each in layouts]
+    replay, _ = graphs.record_on_gpu(lambda: [attend(*given) for _ in range(CALLS)])
+    timer = Timer("replay()", globals={"replay": replay})
+    return float(timer.blocked_autorange(min_run_time=0.05).median) / CALLS
+
+
+# Behind attention_backend, whose choice it is compared with, and before eight_bits and prompt_projections take the
+# layers' linears.
 @optimization(
     stage="swap",
     requires=("bf16", "sdpa"),
-    excludes=("attention_backend",),
     min_capability=(9, 0),
     imports=("diffusion_fast.attention",),
     model_needs="plain_attention",
 )
 def attention_kernel(build: Build) -> dict[str, Any]:
-    """Compute the denoiser's attention by a kernel of our own, which reads a fused projection as it lies.
+    """Compute the denoiser's attention by a kernel of our own, in layers where this GPU is faster by it than PyTorch's.
 
-    Layers with a mask, or with heads that it doesn't take, stay with PyTorch's. FlashAttention-2,
-    https://arxiv.org/abs/2307.08691
+    It reads a fused projection as it lies. Layers with a mask, or with heads that it doesn't take, stay with PyTorch's.
+    FlashAttention-2, https://arxiv.org/abs/2307.08691
     """
     from diffusion_fast.attention import KernelAttnProcessor, attention_layers, take_over
 
     start = time.perf_counter()
     layers = attention_layers(build.denoiser)
     fitting = [layer for layer in layers if KernelAttnProcessor.can_take(layer)]
-    unmasked = _attending_without_a_mask(build, fitting) if fitting else []
+    layouts: dict[Any, Counter[tuple[Any, ...]]] = {}
+    for (each, layer), count in _attention_calls(build, fitting).items() if fitting else ():
+        layouts.setdefault(layer, Counter())[each] += count
+    unmasked = [layer for layer in fitting if layouts.get(layer) and not any(each[3] for each in layouts[layer])]
     if not unmasked:
         raise RuntimeError(
             f"attention_kernel: of {len(layers)} attention layers of {type(build.denoiser).__name__} "
             f"{len(fitting)} have heads and projections that the kernel takes, and none of them attends without a mask"
         )
-    take_over(unmasked)
+    taken, milliseconds = unmasked, {}
+    if build.spec.device == "cuda":  # elsewhere there is no kernel that could be faster: what it means is computed
+        different = set().union(*(layouts[layer] for layer in unmasked))
+        seconds = {by: _attention_seconds(by, different) for by in ("allowed", "own")}
+        graphs.forget(())
+
+        def total(by: str, layers: list[Any]) -> float:
+            return sum(count * seconds[by][each] for layer in layers for each, count in layouts[layer].items())
+
+        taken = [layer for layer in unmasked if total("own", [layer]) < total("allowed", [layer])]
+        milliseconds = {by: 1000 * total(by, taken) for by in seconds}
+    take_over(taken)  # none, where PyTorch's are faster in all: such is the choice for this GPU
 
     def proof() -> dict[str, Any]:
         kept = sum(isinstance(layer.processor, KernelAttnProcessor) for layer in attention_layers(build.denoiser))
-        if kept != len(unmasked):
-            raise RuntimeError(f"attention_kernel: {kept} of {len(unmasked)} layers still attend by it")
+        if kept != len(taken):
+            raise RuntimeError(f"attention_kernel: {kept} of {len(taken)} layers still attend by it")
         return {"attention_layers": kept}
 
     build.proofs["attention_kernel"] = proof
     return {
-        "attention_layers": len(unmasked),
+        "attention_layers": len(taken),
+        "slower": len(unmasked) - len(taken),
         "masked": len(fitting) - len(unmasked),
         "others": len(layers) - len(fitting),
+        **({"step_ms": milliseconds} if milliseconds else {}),
         "calibration_s": time.perf_counter() - start,
     }
-
-
-def _attending_without_a_mask(build: Build, layers: list[Any]) -> list[Any]:
-    """Those of `layers` that are called in a step of the denoiser, and never given a mask."""
-    masked: dict[Any, bool] = {}
-
-    def note(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = inspect.signature(type(layer).forward).bind(layer, *args, **kwargs).arguments
-        masked[layer] = masked.get(layer, False) or given.get("attention_mask") is not None
-
-    build.short_call(*(layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers))
-    return [layer for layer in layers if not masked.get(layer, True)]
 
 
 # In plain fp32 the scores' product would take longer than all that is saved.

@@ -1,4 +1,4 @@
-"""The parts of a call beside the denoiser: a prompt that is encoded once, pictures that are decoded in pieces."""
+"""What a call does beside denoising: encode a prompt once, decode pictures in pieces, know where networks are."""
 
 from __future__ import annotations
 
@@ -112,6 +112,25 @@ def prompt_embedding_cache(build: Build) -> dict[str, Any]:
 
     build.proofs["prompt_embedding_cache"] = proof
     return {"text_encoders": len(encoders)}
+
+
+@optimization(stage="hoist", excludes=("layerwise_casting",))
+def no_module_walks(build: Build) -> dict[str, Any]:
+    """Know where networks are, and in which dtype: diffusers walks through all of their modules for it, several times.
+
+    The device waits meanwhile. What is looked for are hooks, https://github.com/huggingface/diffusers/pull/10503
+    """
+    from diffusion_fast import walks
+
+    before = build.pipe._execution_device, build.denoiser.dtype
+    try:
+        spared = walks.spare(build.pipe)
+    except ValueError as error:
+        raise RuntimeError(f"no_module_walks: {error}") from error
+    after = build.pipe._execution_device, build.denoiser.dtype
+    if before != after or not spared:
+        raise RuntimeError(f"no_module_walks: {spared} networks know where they are, as {after} instead of {before}")
+    return {"networks": spared}
 
 
 MOST_PROMPTS = 64  # the oldest goes: a few MB each
