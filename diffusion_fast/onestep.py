@@ -113,6 +113,7 @@ def _eager_in(build: Build, formats: set[str]) -> Iterator[str]:
             # For the last one they are converted where they are: a large model has no room beside itself.
             own = network if name == halves[-1] else copy.deepcopy(network)
             setattr(build.pipe, part, own.to(getattr(torch, name)))
+        build.dtype = name
         yield name
 
 

@@ -86,8 +86,8 @@ def _paint(build: Build, prompts: str | list[str], images_per_prompt: int, gener
     """`noise` is drawn on the CPU and in fp32, so that every device and dtype starts from the same.
 
     Left to itself the pipeline draws it in its own dtype, which gave a bf16 rung another image than the fp32 one
-    (docs/experiments.md). Device and dtype are those that were asked for: the pipeline's own answers take it a walk
-    through all of its modules each, 5 to 10 ms a call for SDXL that a user's call doesn't have.
+    (docs/experiments.md). Device and dtype are those that were asked for: a network walks through all of its modules
+    to answer, which took SDXL 5 to 10 ms a call that a user's call doesn't take.
     """
     import torch
 

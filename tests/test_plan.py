@@ -156,7 +156,7 @@ def test_an_ablation_is_of_the_best_lossless_recipe_as_far_as_the_device_goes() 
     assert not {"tf32", "cuda_graph"} & set(on_cpu.rungs[0].optimizations)
     assert "tf32 is left out: it runs on another device than this cpu" in on_cpu.notes
     recipes = [spec.recipe for spec in on_cpu.rungs]
-    assert "without-sdpa-fused_qkv" in recipes
+    assert "without-sdpa-attention_kernel-fused_qkv" in recipes
     assert "without-channels_last-group_norm_kernels-no_layout_copies" in recipes
 
 

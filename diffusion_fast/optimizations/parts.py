@@ -114,23 +114,22 @@ def prompt_embedding_cache(build: Build) -> dict[str, Any]:
     return {"text_encoders": len(encoders)}
 
 
-@optimization(stage="hoist", excludes=("layerwise_casting",))
+@optimization(stage="hoist")
 def no_module_walks(build: Build) -> dict[str, Any]:
-    """Know where networks are, and in which dtype: diffusers walks through all of their modules for it, several times.
+    """Know where networks are: diffusers walks through all of their modules for it, several times a call.
 
     The device waits meanwhile. What is looked for are hooks, https://github.com/huggingface/diffusers/pull/10503
     """
     from diffusion_fast import walks
 
-    before = build.pipe._execution_device, build.denoiser.dtype
+    before = build.pipe._execution_device
     try:
-        spared = walks.spare(build.pipe)
+        networks = walks.spare(build.pipe, "no_module_walks")
     except ValueError as error:
         raise RuntimeError(f"no_module_walks: {error}") from error
-    after = build.pipe._execution_device, build.denoiser.dtype
-    if before != after or not spared:
-        raise RuntimeError(f"no_module_walks: {spared} networks know where they are, as {after} instead of {before}")
-    return {"networks": spared}
+    if build.pipe._execution_device != before:
+        raise RuntimeError(f"no_module_walks: the pipeline is at {build.pipe._execution_device} instead of {before}")
+    return {"networks": networks}
 
 
 MOST_PROMPTS = 64  # the oldest goes: a few MB each
