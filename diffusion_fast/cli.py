@@ -23,7 +23,7 @@ from diffusion_fast import console, plan, saved_cache, script, spool, sweep
 from diffusion_fast import ladder as climbing
 from diffusion_fast.console import fail
 from diffusion_fast.models import MODELS, WeightsUnreachableError, check_weights
-from diffusion_fast.optimizations import OPTIMIZATIONS, eight_bit_format
+from diffusion_fast.optimizations import OPTIMIZATIONS, eight_bit_formats
 from diffusion_fast.recipes import ABLATION, LADDERS
 from diffusion_fast.sensitivity import read_kept
 from diffusion_fast.spec import SWEEP, Model, Recipe
@@ -311,7 +311,7 @@ def sensitivity(
     target: float | None,
     output: Path,
 ) -> None:
-    """Quantize a recipe's linear layers one by one, and say which lose most in eight bits.
+    """Quantize a recipe's layers one by one, and say which lose most in eight bits.
 
     With --target, also which have to stay out of them: `run --keep OUTPUT/sensitivity.json` sees to it.
     """
@@ -323,8 +323,10 @@ def sensitivity(
         recipe, _ = _chosen_recipe(names, recipe_name, ladder_name, found, chosen)
         settings = plan.Settings(weights=None if weights == "auto" else weights)
         planned = plan.plan_ladder("sensitivity", (recipe,), chosen, found, settings)
-        if not eight_bit_format(recipe.optimizations):
-            raise ValueError("sensitivity is about a recipe for eight bits: add fp8_rows or int8_rows by --with.")
+        if not any(eight_bit_formats(recipe.optimizations)):
+            raise ValueError(
+                "sensitivity is about a recipe for eight bits: add fp8_rows, int8_rows or int8_convolutions by --with."
+            )
         check_weights(chosen, planned.rungs[0].weights, plan.hub_parts(planned, chosen))
     try:
         done = pass_.launch(planned.rungs[0], target, output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -149,15 +150,23 @@ class ImagewiseConvolution(torch.nn.Module):
         return made
 
 
-def quantize_convolutions(network: Any, number_format: torch.dtype) -> int:
-    """Put eight-bit convolutions in the place of all that can be. Returns their number."""
+def quantizable_convolutions(network: Any) -> dict[str, torch.nn.Conv2d]:
+    """By their names, the convolutions that are worth it to be ImagewiseConvolution.
 
-    def make(module: Any) -> Any:
-        if isinstance(module, torch.nn.Conv2d) and ImagewiseConvolution.can_be(module):
-            return ImagewiseConvolution(module, number_format)
-        return None
+    Those of single pixels are not: residual blocks' shortcuts, a thirtieth of the work and half of what all convolutions
+    lose (squared, docs/experiments.md), for no norm comes before them, and none of ours could quantize for them.
+    """
+    return {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, torch.nn.Conv2d) and module.kernel_size != (1, 1) and ImagewiseConvolution.can_be(module)
+    }
 
-    return replace_modules(network, make)
+
+def quantize_convolutions(network: Any, chosen: Iterable[torch.nn.Conv2d], number_format: torch.dtype) -> None:
+    """Put eight-bit convolutions in the place of `chosen` ones."""
+    places = {convolution: ImagewiseConvolution(convolution, number_format) for convolution in chosen}
+    replace_modules(network, places.get)
 
 
 def rowwise(linear: torch.nn.Linear, number_format: torch.dtype) -> RowwiseLinear:

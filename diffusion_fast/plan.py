@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from diffusion_fast import unlisted, world
 from diffusion_fast.models import MODELS
-from diffusion_fast.optimizations import OPTIMIZATIONS, STAGES, Optimization, compiles, eight_bit_format, same_work
+from diffusion_fast.optimizations import OPTIMIZATIONS, STAGES, Optimization, compiles, eight_bit_formats, same_work
 from diffusion_fast.recipes import ABLATION, LADDERS
 from diffusion_fast.spec import REFERENCE, Ladder, Model, Recipe, RunSpec
 
@@ -195,7 +195,7 @@ def plan_ladder(
     approximate = any(not same_work(recipe.optimizations) for recipe in recipes)
     if approximate and (settings.weights or model.default_weights) == "random":
         notes += ("random weights paint no picture: what an approximation loses can't be told from it",)
-    if settings.kept and not any(eight_bit_format(recipe.optimizations) for recipe in recipes):
+    if settings.kept and not any(any(eight_bit_formats(recipe.optimizations)) for recipe in recipes):
         raise ValueError("--keep is about layers that a recipe for eight bits would quantize, and there is none.")
     now = datetime.now(UTC)
     named = re.sub(r"[^\w.-]+", "-", model.name)  # a hub id has a slash, a folder's name may have anything
@@ -221,7 +221,7 @@ def plan_ladder(
             width=settings.width or model.width,
             guidance_scale=scale,
             seed=settings.seed,
-            kept=settings.kept if eight_bit_format(recipe.optimizations) else (),
+            kept=settings.kept if any(eight_bit_formats(recipe.optimizations)) else (),
             accuracy_prompts=accuracy_prompts,
             tag=settings.tag,
             profile=settings.profile and rung != REFERENCE,

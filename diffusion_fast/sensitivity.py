@@ -1,4 +1,4 @@
-"""Which linear layers lose most in eight bits: each one alone, and then all but those that are kept.
+"""Which layers lose most in eight bits: each one alone, and then all but those that are kept.
 
     python -m diffusion_fast.sensitivity FOLDER
 
@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from diffusion_fast import spool
-from diffusion_fast.modules import place
-from diffusion_fast.optimizations import OPTIMIZATIONS, eight_bit_format
+from diffusion_fast.modules import replace_modules
+from diffusion_fast.optimizations import OPTIMIZATIONS, eight_bit_formats
 from diffusion_fast.spec import DTYPES, RunSpec
 from diffusion_fast.worker import end_with_parent
 
@@ -28,24 +28,31 @@ FILE = "sensitivity.json"
 
 @dataclass(frozen=True)
 class Layer:
-    """A linear layer, and the largest relative L2 error of the steps seen where it alone is quantized."""
+    """A linear layer or a convolution, and the largest relative L2 error of the steps where it alone is quantized."""
 
     name: str
     features: tuple[int, int]  # in, out
-    rows: int
+    rows: int  # pixels that a convolution makes, of all images
+    taps: int  # that each of them is a product with; 1 for a linear layer
     error: float
+
+    @property
+    def cost(self) -> float:
+        """What is lost by quantizing it for what is gained: squared error for each multiplication in eight bits."""
+        return self.error**2 / (self.rows * math.prod(self.features) * self.taps)
 
 
 def choose(layers: Sequence[Layer], target: float | None) -> list[str]:
-    """The layers to keep so that the others' errors come to `target`, the largest first; without a target none.
+    """The layers to keep so that the others' errors come to `target`, the costliest first; without a target none.
 
-    Errors of different layers are taken to be independent, so that their squares add up.
+    Errors of different layers are taken to be independent, so that their squares add up. So what stays in eight bits is
+    as much of the work as can be.
     """
     if target is None:
         return []
     left = math.fsum(layer.error**2 for layer in layers)
     kept: list[str] = []
-    for layer in sorted(layers, key=lambda each: -each.error):
+    for layer in sorted(layers, key=lambda each: -each.cost):
         if left <= target**2:
             break
         kept.append(layer.name)
@@ -58,11 +65,10 @@ def measure(spec: RunSpec, target: float | None, tell: Any) -> dict[str, Any]:
     import torch
 
     from diffusion_fast import eight_bits, onestep
-    from diffusion_fast.optimizations.quantization import eligible
+    from diffusion_fast.optimizations.quantization import eligible, pixels_per_convolution
     from diffusion_fast.pipeline import build_pipeline
 
-    name_of_format = eight_bit_format(spec.optimizations)
-    number_format = eight_bits.FORMATS[name_of_format]
+    of_linears, of_images = eight_bit_formats(spec.optimizations)
     # In eager mode: a layer more or less would be compiled anew each time.
     # Without what is for 16 bits alone, such as kernels of our own, the layers have the same names.
     known = [OPTIMIZATIONS[name] for name in spec.optimizations if name not in (*DTYPES, "tf32")]
@@ -74,22 +80,29 @@ def measure(spec: RunSpec, target: float | None, tell: Any) -> dict[str, Any]:
     steps = [steps[index] for index in sorted({0, len(steps) // 2, len(steps) - 1})]
     before = onestep.replay(build, steps)
 
-    rows, linears = eligible(build)
+    rows, linears = eligible(build) if of_linears else ({}, {})
+    convolutions = eight_bits.quantizable_convolutions(build.denoiser) if of_images else {}
+    rows |= pixels_per_convolution(build) if of_images else {}
+    candidates: dict[str, Any] = {**linears, **convolutions}
+
+    def quantized(layer: Any) -> Any:
+        if isinstance(layer, torch.nn.Conv2d):
+            return eight_bits.ImagewiseConvolution(layer, eight_bits.FORMATS[of_images])
+        return eight_bits.RowwiseLinear(layer, eight_bits.FORMATS[of_linears])
 
     def error_of(names: Iterable[str]) -> float:
         """What a step loses when these layers, and no others, are quantized."""
-        places = [(*place(build.denoiser, name), linears[name]) for name in names]
-        for owner, attribute, linear in places:
-            setattr(owner, attribute, eight_bits.RowwiseLinear(linear, number_format))
+        instead = {candidates[name]: quantized(candidates[name]) for name in names}
+        replace_modules(build.denoiser, instead.get)  # under all of its names, where a layer has several
         after = onestep.replay(build, steps)
-        for owner, attribute, linear in places:
-            setattr(owner, attribute, linear)
+        replace_modules(build.denoiser, {made: layer for layer, made in instead.items()}.get)
         return max(onestep.distance(one, other) for one, other in zip(after, before, strict=True))
 
     layers = []
-    for number, (name, linear) in enumerate(linears.items()):
-        tell(f"layer {number + 1} of {len(linears)}: {name}")
-        layers.append(Layer(name, (linear.in_features, linear.out_features), rows[linear], error_of([name])))
+    for number, (name, layer) in enumerate(candidates.items()):
+        tell(f"layer {number + 1} of {len(candidates)}: {name}")
+        outputs, inputs, *window = layer.weight.shape
+        layers.append(Layer(name, (inputs, outputs), rows[layer], math.prod(window), error_of([name])))
     layers.sort(key=lambda layer: -layer.error)
     kept = choose(layers, target)
     while True:
@@ -98,10 +111,12 @@ def measure(spec: RunSpec, target: float | None, tell: Any) -> dict[str, Any]:
         together = error_of(layer.name for layer in others)
         if target is None or together <= target or not others:
             break
-        kept.append(others[0].name)  # together they lose more than their squares say
+        kept.append(max(others, key=lambda layer: layer.cost).name)  # together they lose more than their squares say
     return {
         "model": spec.model,
-        "format": name_of_format,
+        "format": " and ".join(
+            [*([of_linears] if linears else []), *([f"{of_images} (convolutions)"] if convolutions else [])]
+        ),
         "target": target,
         "kept": kept,
         "predicted": math.sqrt(math.fsum(layer.error**2 for layer in others)),

@@ -21,6 +21,7 @@ from diffusion_fast.eight_bits import (
     ImagewiseConvolution,
     RowwiseFeedForward,
     RowwiseLinear,
+    quantizable_convolutions,
     quantize,
     quantize_convolutions,
 )
@@ -152,7 +153,9 @@ def test_a_layer_with_two_names_is_replaced_under_both() -> None:
     whole = torch.nn.Module()
     whole.one = torch.nn.Conv2d(16, 16, 3, padding=1)
     whole.other = whole.one  # as diffusers' Downsample2D(name="conv") has it
-    assert quantize_convolutions(whole, FORMATS["fp8"]) == 1
+    found = quantizable_convolutions(whole)
+    assert len(found) == 1
+    quantize_convolutions(whole, found.values(), FORMATS["fp8"])
     assert whole.one is whole.other
     assert isinstance(whole.one, ImagewiseConvolution)
 
@@ -200,7 +203,7 @@ def test_layers_that_are_kept_stay_and_unknown_ones_are_refused(monkeypatch: pyt
     made, applied = eight_bit("fp8_rows", monkeypatch, kept=(kept,))
     assert type(made.denoiser.get_submodule(kept)) is torch.nn.Linear
     assert applied["fp8_rows"]["kept"] == 1
-    with pytest.raises(RuntimeError, match="the denoiser has no linear layer nowhere, which was to be kept"):
+    with pytest.raises(RuntimeError, match="the denoiser has no layer nowhere, which was to be kept"):
         eight_bit("fp8_rows", monkeypatch, kept=("nowhere",))
 
 
@@ -222,8 +225,42 @@ def test_fp8_is_refused_by_name_where_the_gpu_has_none() -> None:
     assert plan.plan_recipe(MODELS["sdxl"], Recipe("mine", ("bf16", "regional_compile", "fp8_rows")), H100)
 
 
+def test_convolutions_that_are_kept_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = "mid_block.resnets.0.conv1", "mid_block.attentions.0.proj_in"
+    made, applied = eight_bit("int8_convolutions", monkeypatch, "channels_last", "fp8_rows", kept=kept)
+    assert type(made.denoiser.get_submodule(kept[0])) is torch.nn.Conv2d
+    assert isinstance(made.denoiser.mid_block.resnets[0].conv2, ImagewiseConvolution)
+    assert type(made.denoiser.get_submodule(kept[1])) is torch.nn.Linear
+    assert applied["int8_convolutions"]["kept"] == applied["fp8_rows"]["kept"] == 1
+
+
+def test_the_pass_takes_convolutions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("bf16", "sdpa", "channels_last", "group_norm_kernels", "regional_compile", "int8_convolutions")
+    names = plan.plan_recipe(MODELS["tiny"], Recipe("m", names), CPU)
+    spec = replace(planned(steps=2).rungs[0], optimizations=names)
+    alone = sensitivity.measure(spec, 0.004, lambda stage: None)
+    layers = {layer["name"]: layer for layer in alone["layers"]}
+    assert alone["format"] == "int8 (convolutions)" and all(layer["error"] > 0 for layer in layers.values())
+    first = layers["down_blocks.0.resnets.0.conv1"]
+    assert first["taps"] == 9 and first["rows"] == 2 * 16 * 16  # two rows under guidance, of 128 pixels' latents
+    assert 0 < len(alone["kept"]) < len(layers) and alone["error"] <= 0.004
+    both = plan.plan_recipe(MODELS["tiny"], Recipe("m", (*names, "fp8_rows")), CPU)
+    found = sensitivity.measure(replace(spec, optimizations=both), None, lambda stage: None)
+    assert found["format"] == "fp8 and int8 (convolutions)"
+    assert layers.keys() < {layer["name"] for layer in found["layers"]}
+    assert found["error"] > alone["error"]
+
+
+def test_what_stays_is_what_costs_most_for_what_it_saves() -> None:
+    large, small = Layer("large", (64, 64), 64, 1, 0.04), Layer("small", (16, 16), 64, 1, 0.03)
+    assert choose([large, small], 0.045) == ["small"]  # it loses less, and saves much less
+    assert choose([large, small], 0.035) == ["small", "large"]
+
+
 def test_the_largest_errors_are_kept_till_the_target_is_met() -> None:
-    layers = [Layer(name, (16, 16), 64, error) for name, error in (("a", 0.03), ("b", 0.04), ("c", 0.12), ("d", 0.0))]
+    layers = [
+        Layer(name, (16, 16), 64, 1, error) for name, error in (("a", 0.03), ("b", 0.04), ("c", 0.12), ("d", 0.0))
+    ]
     assert choose(layers, None) == []
     assert choose(layers, 0.14) == []  # all together: 0.13
     assert choose(layers, 0.05) == ["c"]  # and 3, 4, 5

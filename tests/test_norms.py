@@ -128,7 +128,9 @@ def test_blocks_are_compiled_as_before_and_norms_need_no_compiler(by_eager: None
 def test_eight_bit_convolutions_are_given_what_the_norm_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     made, _ = build("bf16", "channels_last", "group_norm_kernels")
     before = torch.tensor(list(call(made)[0].tobytes()))
-    assert eight_bits.quantize_convolutions(made.pipe.unet, torch.float8_e4m3fn) > 20
+    convolutions = eight_bits.quantizable_convolutions(made.pipe.unet).values()
+    eight_bits.quantize_convolutions(made.pipe.unet, convolutions, torch.float8_e4m3fn)
+    assert len(convolutions) > 20
     first = next(module for module in made.pipe.unet.modules() if isinstance(module, norms.NormedResnetBlock2D))
     assert isinstance(first.conv1, eight_bits.ImagewiseConvolution)
     assert first.conv1.bias is None and first.norm2.x_bias is not None

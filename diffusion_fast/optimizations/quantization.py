@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from diffusion_fast.modules import stored_bytes
-from diffusion_fast.optimizations.registry import Build, eight_bit_format, optimization
+from diffusion_fast.optimizations.registry import Build, eight_bit_formats, optimization
 from diffusion_fast.spec import RunSpec
 
 MIB = 2**20
@@ -501,6 +501,7 @@ def int8_rows(build: Build) -> dict[str, Any]:
     model_needs="unet",
     lossless=False,
     takes_adapters=False,
+    image_format="fp8",
 )
 def fp8_convolutions(build: Build) -> dict[str, Any]:
     """Convolve the denoiser's images in fp8 (e4m3): a scale an image, and one for each output channel of the weights.
@@ -519,6 +520,7 @@ def fp8_convolutions(build: Build) -> dict[str, Any]:
     model_needs="unet",
     lossless=False,
     takes_adapters=False,
+    image_format="int8",
 )
 def int8_convolutions(build: Build) -> dict[str, Any]:
     """Convolve the denoiser's images in int8: a scale an image, and one for each output channel of the weights.
@@ -530,7 +532,7 @@ def int8_convolutions(build: Build) -> dict[str, Any]:
 
 
 def _eight_bit_convolutions(build: Build, number_format: str) -> dict[str, Any]:
-    """Quantize every convolution of the denoiser that has the channels."""
+    """Quantize every convolution of the denoiser that has the channels, but for those that the run keeps."""
     import torch
 
     from diffusion_fast import eight_bits
@@ -542,10 +544,23 @@ def _eight_bit_convolutions(build: Build, number_format: str) -> dict[str, Any]:
             f"{number_format}_convolutions: height and width have to be multiples of {smallest} pixels here"
         )
     convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in build.denoiser.modules())
-    quantized = eight_bits.quantize_convolutions(build.denoiser, eight_bits.FORMATS[number_format])
-    if not quantized:
+    candidates = eight_bits.quantizable_convolutions(build.denoiser)
+    chosen = _not_kept(build, f"{number_format}_convolutions", candidates)
+    if not chosen:
         raise RuntimeError(f"{number_format}_convolutions: no convolution has the channels")
-    return {"quantized_convolutions": quantized, "convolutions": convolutions}
+    eight_bits.quantize_convolutions(build.denoiser, chosen, eight_bits.FORMATS[number_format])
+    return {
+        "quantized_convolutions": len(chosen),
+        "convolutions": convolutions,
+        "kept": len(candidates) - len(chosen),
+    }
+
+
+def _not_kept(build: Build, name: str, candidates: dict[str, Any]) -> list[Any]:
+    """Of layers by their names those that the run doesn't keep. RuntimeError where it keeps what isn't there."""
+    if unknown := set(build.spec.kept) - {each for each, _ in build.denoiser.named_modules()}:
+        raise RuntimeError(f"{name}: the denoiser has no layer {min(unknown)}, which was to be kept")
+    return [module for each, module in candidates.items() if each not in build.spec.kept]
 
 
 def _eight_bits(build: Build) -> dict[str, Any]:
@@ -554,14 +569,12 @@ def _eight_bits(build: Build) -> dict[str, Any]:
 
     from diffusion_fast import eight_bits
 
-    name = eight_bit_format(build.spec.optimizations)
+    name, _ = eight_bit_formats(build.spec.optimizations)
     start = time.perf_counter()
     _, candidates = eligible(build)
     calibration_s = time.perf_counter() - start
-    linears = {each for each, module in build.denoiser.named_modules() if isinstance(module, torch.nn.Linear)}
-    if unknown := set(build.spec.kept) - linears:
-        raise RuntimeError(f"{name}_rows: the denoiser has no linear layer {min(unknown)}, which was to be kept")
-    chosen = {module for each, module in candidates.items() if each not in build.spec.kept}
+    linears = sum(isinstance(module, torch.nn.Linear) for module in build.denoiser.modules())
+    chosen = set(_not_kept(build, f"{name}_rows", candidates))
     if not chosen:
         raise RuntimeError(f"{name}_rows: no layer has the rows and the features")
     fused = eight_bits.quantize(build.denoiser, chosen, eight_bits.FORMATS[name])
@@ -570,8 +583,8 @@ def _eight_bits(build: Build) -> dict[str, Any]:
         raise RuntimeError(f"{name}_rows: {found} layers were quantized, of {len(chosen)} that were chosen")
     return {
         "quantized_linears": found,
-        "linears": len(linears),
-        "kept": len(build.spec.kept),
+        "linears": linears,
+        "kept": len(candidates) - len(chosen),
         **fused,
         "calibration_s": calibration_s,
     }
@@ -603,6 +616,20 @@ def _behind_attention(network: Any) -> set[Any]:
 
     ways = (getattr(module, name, None) for module in network.modules() for name in ("to_out", "to_add_out"))
     return {way[0] if isinstance(way, torch.nn.ModuleList) else way for way in ways if way is not None}
+
+
+def pixels_per_convolution(build: Build) -> dict[Any, int]:
+    """How many pixels each convolution of the denoiser makes, of all images, seen in an eager step."""
+    import torch
+
+    pixels: dict[Any, int] = {}
+
+    def note(module: torch.nn.Module, _: Any, output: torch.Tensor) -> None:
+        pixels[module] = output.numel() // output.shape[1]
+
+    convolutions = [module for module in build.denoiser.modules() if isinstance(module, torch.nn.Conv2d)]
+    build.short_call(*(module.register_forward_hook(note) for module in convolutions))
+    return pixels
 
 
 def _rows_per_linear(build: Build) -> dict[Any, int]:

@@ -107,7 +107,9 @@ class Optimization:
     modes: tuple[str, ...] = ()  # the only compile modes that it goes with, where anything compiles; none: all
     lossless: bool = True  # False: changes the image by more than rounding
     takes_adapters: bool = True  # False: layers are gone that a LoRA attached afterwards would have to change
-    number_format: str = ""  # of eight_bits.py, to which it quantizes all linear layers but those that a run keeps
+    # Of eight_bits.py: to which it quantizes all linear layers, or all convolutions, but those that a run keeps.
+    number_format: str = ""
+    image_format: str = ""
     needs_guidance: bool = False  # a guidance scale above 1
     least_batch: int = 1  # pictures of a call, below which there is nothing to do
     leaves_out: str = ""  # the part of a call that one with the prompt of the one before, as all timed ones, is without
@@ -150,9 +152,11 @@ def compiles(names: Iterable[str]) -> bool:
     return any(OPTIMIZATIONS[name].stage == "compile" for name in names)
 
 
-def eight_bit_format(names: Iterable[str]) -> str:
-    """The eight-bit format of a recipe of these names, "" where it has none."""
-    return next((OPTIMIZATIONS[name].number_format for name in names if OPTIMIZATIONS[name].number_format), "")
+def eight_bit_formats(names: Iterable[str]) -> tuple[str, str]:
+    """The eight-bit formats of linear layers and of convolutions in a recipe of these names, "" where it has none."""
+    known = [OPTIMIZATIONS[name] for name in names]
+    of_linears = next((each.number_format for each in known if each.number_format), "")
+    return of_linears, next((each.image_format for each in known if each.image_format), "")
 
 
 def left_out(names: Iterable[str]) -> set[str]:
