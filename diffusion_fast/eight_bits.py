@@ -153,8 +153,8 @@ class ImagewiseConvolution(torch.nn.Module):
 def quantizable_convolutions(network: Any) -> dict[str, torch.nn.Conv2d]:
     """By their names, the convolutions that are worth it to be ImagewiseConvolution.
 
-    Those of single pixels are not: residual blocks' shortcuts, a thirtieth of the work and half of what all convolutions
-    lose (squared, docs/experiments.md), for no norm comes before them, and none of ours could quantize for them.
+    Those of single pixels are not: residual blocks' shortcuts, a thirtieth of the work and half of what all lose
+    (squared, docs/experiments.md), for no norm comes before them, which besides could quantize for them.
     """
     return {
         name: module
