@@ -6,11 +6,13 @@ So a recipe's later rounds make the choices of its first, and a saved cache brin
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def kept(question: str, measure: Callable[[], float]) -> float:
@@ -35,6 +37,11 @@ def kept(question: str, measure: Callable[[], float]) -> float:
     partial.write_text(json.dumps({"question": asked, "seconds": None if seconds == math.inf else seconds}))
     partial.replace(file)
     return seconds
+
+
+def version(module: Any) -> str:
+    """Of a module's source: what was timed of another one is another question."""
+    return hashlib.sha256(inspect.getsource(module).encode()).hexdigest()[:12]
 
 
 def _device() -> str:

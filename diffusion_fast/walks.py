@@ -20,8 +20,8 @@ _known: weakref.WeakSet[Any] = weakref.WeakSet()
 def spare(pipe: Any, name: str) -> int:
     """Have the networks of `pipe` answer from their first parameters. Returns how many.
 
-    What would put such hooks in afterwards is refused, in the `name` of what has spared them. ValueError where there is
-    one already.
+    Methods of theirs that would put such hooks in afterwards are refused, in the `name` of what has spared them.
+    ValueError where there is one already.
     """
     import torch
     from diffusers.hooks import group_offloading

@@ -30,6 +30,10 @@ def test_a_question_is_measured_once(seconds: float, tmp_path: Path, monkeypatch
     assert timings.kept("one", Timed(0.75)) == 0.75
 
 
+def test_another_source_is_another_question() -> None:
+    assert timings.version(timings) == timings.version(timings) != timings.version(pytest)
+
+
 def test_without_a_folder_everything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     measure = Timed(0.25)

@@ -149,14 +149,16 @@ def _attention_seconds(kernel: str, layers: Iterable[tuple[Any, ...]]) -> dict[t
     allowed = [name for name in KERNELS if getattr(torch.backends.cuda, f"{name}_sdp_enabled")()]
     who = f"any of {allowed}" if kernel == "allowed" else kernel
     if kernel == "own":
-        from diffusion_fast import attention
+        from diffusion_fast import attention, attention_kernels
 
-        attend = attention.own
+        attend, who = attention.own, f"own {timings.version(attention_kernels)}"
 
     def measure(layouts: tuple[Any, ...]) -> float:
         try:
             with sdpa_kernel(backends[kernel]) if kernel in backends else nullcontext():
                 return _seconds(attend, layouts)
+        except torch.OutOfMemoryError:
+            raise  # which says nothing of the kernel
         except RuntimeError:
             return math.inf
 
