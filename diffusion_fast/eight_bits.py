@@ -109,11 +109,13 @@ class RowwiseFeedForward(torch.nn.Module):
 class ImagewiseConvolution(torch.nn.Module):
     """A 2D convolution with a scale for each image, found while it runs, and for each output channel of its weights.
 
-    A scale for each pixel can't be taken out of a sum over several.
+    A scale for each pixel can't be taken out of a sum over several. A shift of the whole image can: it adds to each
+    result what the weights sum up to.
     """
 
     weight: torch.Tensor  # (out_channels, in_channels, height, width), channels last
     weight_scale: torch.Tensor  # (out_channels,)
+    weight_sums: torch.Tensor  # (out_channels, height, width), over in_channels, before they were rounded
     bias: torch.Tensor | None
 
     def __init__(self, convolution: torch.nn.Conv2d, number_format: torch.dtype) -> None:
@@ -123,6 +125,7 @@ class ImagewiseConvolution(torch.nn.Module):
         weight, scale = operators.quantize_filters(convolution.weight.detach(), number_format)
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
+        self.register_buffer("weight_sums", convolution.weight.detach().float().sum(1))
         self.register_buffer("bias", None if convolution.bias is None else convolution.bias.detach())
 
     @classmethod
@@ -143,9 +146,12 @@ class ImagewiseConvolution(torch.nn.Module):
         q, scale = operators.quantize_image(x, self.number_format)
         return self.convolve(q, scale, x.dtype)
 
-    def convolve(self, q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Images that are quantized already: q (images, in_channels, height, width), scale (images,)."""
-        given = scale, self.weight_scale, self.bias, None, self.stride, self.padding, dtype
+    def convolve(
+        self, q: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, shift: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Images that are quantized already: q (images, in_channels, height, width), scale and shift (images,)."""
+        sums = None if shift is None else self.weight_sums
+        given = scale, self.weight_scale, self.bias, None, self.stride, self.padding, dtype, shift, sums
         made: torch.Tensor = operators.convolution_nhwc(q, self.weight, *given)
         return made
 

@@ -608,6 +608,28 @@ def _set_convolution_tiles(arguments: dict[str, Any]) -> None:
     arguments["w"].block_shape = [arguments["FIRST"], depth]
 
 
+@triton.jit
+def _shifted(
+    scaled, shift, sums, channel, OUT, y, HEIGHT, x, WIDTH, TAPS: tl.constexpr, ACROSS: tl.constexpr,
+    ROOM: tl.constexpr,
+):  # fmt: skip
+    """What an image that lies `shift` above its numbers adds: that times the weights' sum over the taps within it.
+
+    y and x (pixels): the input's pixel under the first tap; HEIGHT and WIDTH: the input's. A product again, of channels
+    by taps by pixels: choosing tap by tap takes more registers than there are. In two halves, since a factor of 16 bits
+    rounds to 8.
+    """
+    tap = tl.arange(0, ROOM)
+    row, column = y[None, :] + (tap // ACROSS)[:, None], x[None, :] + (tap % ACROSS)[:, None]
+    within = (row >= 0) & (row < HEIGHT) & (column >= 0) & (column < WIDTH) & (tap < TAPS)[:, None]
+    there = (channel < OUT)[:, None] & (tap < TAPS)[None, :]
+    each = shift * tl.load(sums + channel[:, None] * TAPS + tap[None, :], mask=there, other=0.0)
+    rounded = each.to(tl.bfloat16)
+    ones = within.to(tl.float32).to(tl.bfloat16)
+    scaled = tl.dot(rounded, ones, scaled)
+    return tl.dot((each - rounded.to(tl.float32)).to(tl.bfloat16), ones, scaled)
+
+
 def _whole_channels(candidates: list[Any], arguments: dict[str, Any], **constants: Any) -> list[Any]:
     """With a stride, channels beyond the last are those of the next column, not zero: none may be read."""
     depths = [(each, each.kwargs["DEPTH"] // constants["ITEM"]) for each in candidates]
@@ -631,10 +653,10 @@ def _whole_channels(candidates: list[Any], arguments: dict[str, Any], **constant
 )
 @triton.jit(do_not_specialize=["IMAGES", "HEIGHT", "WIDTH", "CHANNELS"])
 def _convolution_kernel(
-    x, w, scale, scale_w, bias, residual, out, IMAGES, HEIGHT, WIDTH, CHANNELS, OUT,
+    x, w, scale, scale_w, bias, residual, shift, sums, out, IMAGES, HEIGHT, WIDTH, CHANNELS, OUT,
     TAPS: tl.constexpr, ACROSS: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     INTEGER: tl.constexpr, ITEM: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
-    TILE_WIDTH: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, DEPTH: tl.constexpr,
+    SHIFTED: tl.constexpr, TILE_WIDTH: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """x (IMAGES, input's height / STRIDE, STRIDE, input's width / STRIDE, STRIDE * CHANNELS), w (OUT, TAPS * CHANNELS)
     → out (IMAGES, HEIGHT, WIDTH, OUT): a tile of FIRST channels and SECOND pixels a program."""
@@ -667,6 +689,11 @@ def _convolution_kernel(
     scaled = total.to(tl.float32)
     if SCALED:
         scaled *= tl.load(scale + image) * tl.load(scale_w + channel, mask=channel < OUT, other=0.0)[:, None]
+    if SHIFTED:
+        scaled = _shifted(
+            scaled, tl.load(shift + image), sums, channel, OUT, y * STRIDE - PADDING, x.shape[1] * STRIDE,
+            across * STRIDE - PADDING, x.shape[3] * STRIDE, TAPS, ACROSS, 16 if TAPS <= 16 else 32,
+        )  # fmt: skip
     if BIASED:
         scaled += tl.load(bias + channel, mask=channel < OUT, other=0.0).to(tl.float32)[:, None]
     at = ((image.to(tl.int64) * HEIGHT + y) * WIDTH + across)[:, None] * OUT + channel[None, :]
@@ -701,13 +728,20 @@ def launch_convolution_nhwc(
     stride: int,
     padding: int,
     out_dtype: torch.dtype,
+    shift: torch.Tensor | None = None,
+    sums: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`convolution_nhwc` by its Triton kernel. ValueError where the copy engine can't read the image."""
     images, columns, height, width = shape = convolved_shape(x, w, stride, padding)
     _check_copied(x, stride)
     if (scale is None) != (scale_w is None):
         raise ValueError("a convolution has a scale for its images and one for its weights, or neither")
-    for name, given, length in (("scale", scale, images), ("scale_w", scale_w, columns), ("the bias", bias, columns)):
+    if (shift is None) != (sums is None):
+        raise ValueError("a convolution has a shift of its images and the sums of its weights, or neither")
+    for name, given, length in (
+        *(("scale", scale, images), ("scale_w", scale_w, columns), ("the bias", bias, columns)),
+        *(("the shift", shift, images), ("sums", sums, columns * w.shape[2] * w.shape[3])),
+    ):
         if given is not None:
             check_length(name, given, length)
     if residual is not None:
@@ -727,11 +761,11 @@ def launch_convolution_nhwc(
 
     assert seen.is_contiguous() and weights.is_contiguous()  # as permuted from channels_last
     _convolution_kernel[programs](
-        _described(seen), _described(weights), scale, scale_w, bias, residual, out,
-        images, height, width, x.shape[1], columns,
+        _described(seen), _described(weights), scale, scale_w, bias, residual, shift,
+        None if sums is None else sums.contiguous(), out, images, height, width, x.shape[1], columns,
         TAPS=w.shape[2] * w.shape[3], ACROSS=w.shape[3], STRIDE=stride, PADDING=padding,
         INTEGER=x.dtype == torch.int8, ITEM=x.element_size(), SCALED=scale is not None, BIASED=bias is not None,
-        ADDED=residual is not None, TILE_WIDTH=tile_width,
+        ADDED=residual is not None, SHIFTED=shift is not None, TILE_WIDTH=tile_width,
     )  # fmt: skip
     return out
 

@@ -24,7 +24,6 @@ from diffusion_fast.operators import (
     SILU_LEAST,
     SILU_LEAST_AT,
     SMALLEST_SCALE,
-    Quantized,
     channels_last,
     check_group_norm,
     empty_images,
@@ -190,7 +189,7 @@ def _silu(x):
 
 @triton.jit
 def _write_span(
-    x_ptr, out_ptr, span, part, image, scale, shift, inverse, PIXELS, PART, CHANNELS: tl.constexpr,
+    x_ptr, out_ptr, span, part, image, scale, shift, middle, inverse, PIXELS, PART, CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, SILU: tl.constexpr,
     QUANTIZED: tl.constexpr,
 ):  # fmt: skip
@@ -211,7 +210,7 @@ def _write_span(
         if SILU:
             made = _silu(made)
         if QUANTIZED:
-            tl.store(out_ptr + within, _rounded(made * inverse, out_ptr.dtype.element_ty), mask=mask)
+            tl.store(out_ptr + within, _rounded((made - middle) * inverse, out_ptr.dtype.element_ty), mask=mask)
         else:
             tl.store(out_ptr + within, made.to(out_ptr.dtype.element_ty), mask=mask)
         x_ptr -= ROWS * CHANNELS
@@ -232,26 +231,27 @@ def _group_norm_apply_kernel(
         image, PIXELS, PART, eps, CHANNELS, WIDTH, PER_GROUP, BLOCK, GROUPS, BIASED, EMBEDDED, PARTS,
     )  # fmt: skip
     _write_span(
-        x_ptr, out_ptr, span, part, image, scale, shift, 1.0, PIXELS, PART, CHANNELS, WIDTH, BLOCK, ROWS, STAGES, SILU,
-        False,
+        x_ptr, out_ptr, span, part, image, scale, shift, 0.0, 1.0, PIXELS, PART, CHANNELS, WIDTH, BLOCK, ROWS, STAGES,
+        SILU, False,
     )  # fmt: skip
 
 
-# Quantized, an image has one scale, so that its largest number has to be known before anything is written. What a
-# channel's x becomes is monotone up to SiLU, which is monotone from LEAST_AT on: the least and the largest x tell the
-# largest |y|. Where SiLU was given less than LEAST_AT, |y| is taken to be as large as it can be there.
+# Quantized, an image has one scale, so that its least and its largest number have to be known before anything is
+# written. What a channel's x becomes is monotone up to SiLU, which falls to LEAST_AT and rises from there: the largest
+# y is what the least or the largest x becomes, and so is the least y, unless x comes below LEAST_AT: then LEAST counts
+# as reached.
 LEAST_AT = tl.constexpr(SILU_LEAST_AT)
-LEAST = tl.constexpr(-SILU_LEAST)
+LEAST = tl.constexpr(SILU_LEAST)
 
 
 @triton.jit(do_not_specialize=["PIXELS", "PART"])
 def _group_norm_limits_kernel(
-    x_bias_ptr, embedding_ptr, statistics_ptr, limits_ptr, weight_ptr, bias_ptr, affine_ptr, amax_ptr,
+    x_bias_ptr, embedding_ptr, statistics_ptr, limits_ptr, weight_ptr, bias_ptr, affine_ptr, reached_ptr,
     PARTS_THERE, PIXELS, PART, eps,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, PER_GROUP: tl.constexpr, BLOCK: tl.constexpr, GROUPS: tl.constexpr,
     BIASED: tl.constexpr, EMBEDDED: tl.constexpr, PARTS: tl.constexpr, SILU: tl.constexpr, TOGETHER: tl.constexpr,
 ):  # fmt: skip
-    """Program (span, image): factor and addend of each channel, and the largest |y| of the span."""
+    """Program (span, image): factor and addend of each channel, and the least and the largest y of the span."""
     span, spans, image = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
     scale, shift = _affine(
         x_bias_ptr, embedding_ptr, statistics_ptr, weight_ptr, bias_ptr, span, spans, PARTS_THERE, image, PIXELS, PART,
@@ -266,36 +266,42 @@ def _group_norm_limits_kernel(
         least = tl.minimum(least, tl.load(limits_ptr + at, mask=there, other=float("inf")))
         largest = tl.maximum(largest, tl.load(limits_ptr + at + BLOCK, mask=there, other=float("-inf")))
     one, other = tl.min(least, 0) * scale + shift, tl.max(largest, 0) * scale + shift
+    if SILU:
+        fell = tl.minimum(one, other) < LEAST_AT
+        one, other = _silu(one), _silu(other)
     low, high = tl.minimum(one, other), tl.maximum(one, other)
     if SILU:
-        reached = tl.maximum(tl.abs(_silu(high)), tl.where(low < LEAST_AT, LEAST, tl.abs(_silu(low))))
-    else:
-        reached = tl.maximum(tl.abs(low), tl.abs(high))
+        low = tl.where(fell, LEAST, low)
     inside = (lane < WIDTH) & (span * WIDTH + lane < CHANNELS)
     at = image * spans + span
-    tl.store(amax_ptr + at, tl.max(tl.where(inside, reached, 0.0)))
+    tl.store(reached_ptr + 2 * at, tl.min(tl.where(inside, low, float("inf"))))
+    tl.store(reached_ptr + 2 * at + 1, tl.max(tl.where(inside, high, float("-inf"))))
     tl.store(affine_ptr + at * (2 * BLOCK) + lane, scale)
     tl.store(affine_ptr + at * (2 * BLOCK) + BLOCK + lane, shift)
 
 
 @triton.jit(do_not_specialize=["PIXELS", "PART"])
 def _group_norm_quantize_kernel(
-    x_ptr, affine_ptr, amax_ptr, q_ptr, scale_ptr, PIXELS, PART,
+    x_ptr, affine_ptr, reached_ptr, q_ptr, scale_ptr, shift_ptr, PIXELS, PART,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
-    SPANS: tl.constexpr, SILU: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
+    SPANS: tl.constexpr, SILU: tl.constexpr, SHIFTED: tl.constexpr, LARGEST: tl.constexpr, SMALLEST: tl.constexpr,
 ):  # fmt: skip
-    """Program (span, part, image): x (PIXELS, CHANNELS) of an image → q, of its layout, and the image's scale."""
+    """Program (span, part, image): x (PIXELS, CHANNELS) of an image → q, of its layout, the image's scale and shift."""
     span, part, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     at, lane, each = image * tl.num_programs(0), tl.arange(0, BLOCK), tl.arange(0, SPANS)
-    amax = tl.max(tl.load(amax_ptr + at + each, mask=each < tl.num_programs(0), other=0.0))
-    quantum, inverse = _scale_of(amax, LARGEST, SMALLEST)
+    there = each < tl.num_programs(0)
+    low = tl.min(tl.load(reached_ptr + 2 * (at + each), mask=there, other=float("inf")))
+    high = tl.max(tl.load(reached_ptr + 2 * (at + each) + 1, mask=there, other=float("-inf")))
+    middle = (low + high) / 2 if SHIFTED else 0.0
+    quantum, inverse = _scale_of(tl.maximum(high - middle, middle - low), LARGEST, SMALLEST)
     if (span == 0) & (part == 0):
         tl.store(scale_ptr + image, quantum)
+        tl.store(shift_ptr + image, middle)
     scale = tl.load(affine_ptr + (at + span) * (2 * BLOCK) + lane)
     shift = tl.load(affine_ptr + (at + span) * (2 * BLOCK) + BLOCK + lane)
     _write_span(
-        x_ptr, q_ptr, span, part, image, scale, shift, inverse, PIXELS, PART, CHANNELS, WIDTH, BLOCK, ROWS, STAGES,
-        SILU, True,
+        x_ptr, q_ptr, span, part, image, scale, shift, middle, inverse, PIXELS, PART, CHANNELS, WIDTH, BLOCK, ROWS,
+        STAGES, SILU, True,
     )  # fmt: skip
 
 
@@ -385,18 +391,19 @@ def launch_group_norm_quantize_nhwc(
     dtype: torch.dtype,
     x_bias: torch.Tensor | None = None,
     embedding: torch.Tensor | None = None,
-) -> Quantized:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`group_norm_quantize_nhwc` by its Triton kernels: three launches, the one in between on what is in cache."""
     check_group_norm(x, groups, weight, bias, x_bias, embedding)
     q, scale = empty_images(x, dtype)
+    shift = torch.empty_like(scale)
     if not q.numel():
-        return q, scale
+        return q, scale, shift
     work = _work(x, groups, x_bias, embedding, RESIDENT_LIMITED)
     images, spans, parts = len(x), work.grid[0], work.grid[1]
     block = work.constants["BLOCK"]
-    limits, affine, amax = (
+    limits, affine, reached = (
         torch.empty(shape, dtype=torch.float32, device=x.device)
-        for shape in ((images, spans, parts, 2, block), (images, spans, 2, block), (images, spans))
+        for shape in ((images, spans, parts, 2, block), (images, spans, 2, block), (images, spans, 2))
     )
     weight, bias = weight.contiguous(), bias.contiguous()
     added, tiles = (work.x_bias, work.embedding), work.tiles
@@ -404,15 +411,15 @@ def launch_group_norm_quantize_nhwc(
         work.x, *added, work.statistics, limits, work.pixels, work.part, LIMITED=True, **work.constants, **tiles
     )
     _group_norm_limits_kernel[(spans, images)](
-        *added, work.statistics, limits, weight, bias, affine, amax, parts, work.pixels, work.part, eps,
+        *added, work.statistics, limits, weight, bias, affine, reached, parts, work.pixels, work.part, eps,
         PARTS=triton.next_power_of_2(parts), SILU=silu, TOGETHER=16, num_warps=WARPS, **work.constants,
     )  # fmt: skip
     _group_norm_quantize_kernel[work.grid](
-        work.x, affine, amax, q, scale, work.pixels, work.part, CHANNELS=x.shape[1], WIDTH=work.constants["WIDTH"],
-        BLOCK=block, SPANS=triton.next_power_of_2(spans), SILU=silu, LARGEST=largest(dtype), SMALLEST=SMALLEST_SCALE,
-        **tiles,
+        work.x, affine, reached, q, scale, shift, work.pixels, work.part, CHANNELS=x.shape[1],
+        WIDTH=work.constants["WIDTH"], BLOCK=block, SPANS=triton.next_power_of_2(spans), SILU=silu,
+        SHIFTED=dtype == torch.int8, LARGEST=largest(dtype), SMALLEST=SMALLEST_SCALE, **tiles,
     )  # fmt: skip
-    return q, scale
+    return q, scale, shift
 
 
 group_norm_quantize_nhwc.register_kernel("cuda")(launch_group_norm_quantize_nhwc)

@@ -46,8 +46,9 @@ class ImageGroupNorm(torch.nn.Module):
             made: torch.Tensor = convolution(self(x, embedding))
             return made
         given = self.groups, self.weight, self.bias, self.eps, self.silu, convolution.number_format
-        q, scale = operators.group_norm_quantize_nhwc(x, *given, self.x_bias, embedding)
-        return convolution.convolve(q, scale, x.dtype)
+        q, scale, shift = operators.group_norm_quantize_nhwc(x, *given, self.x_bias, embedding)
+        shifted = None if q.is_floating_point() else shift  # of fp8 it is 0
+        return convolution.convolve(q, scale, x.dtype, shifted)
 
 
 class NormedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]  # diffusers has no types

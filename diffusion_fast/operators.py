@@ -325,12 +325,16 @@ def convolution_nhwc(
     stride: int,
     padding: int,
     out_dtype: torch.dtype,
+    shift: torch.Tensor | None = None,
+    sums: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A 2D convolution: x (images, in, height, width), w (out, in, kernel height, kernel width) → (images, out, ...).
 
     x and w are both torch.float8_e4m3fn, torch.int8, bf16 or fp16 (else ValueError), x as `quantize_image` makes it;
     scale (images,) and scale_w (out,) in fp32, both None for what isn't quantized. bias is (out,) or None, residual of
     the result's shape or None, and added at the end. Everything is best in torch.channels_last, which the result is.
+    Where an image's numbers are larger than x * scale says by its `shift` (images,), `sums` (out, kernel height, kernel
+    width) are those of the weights over `in`, both in fp32. What lies beyond the image's edges is 0, not `shift`.
     What is accumulated (int32, exact; else fp32) is scaled before it is written. On a GPU `in` fills a multiple of 16
     bytes; a stride beyond 1 divides height and width, and wants `in` to fill a multiple of 64 bytes.
     """
@@ -339,6 +343,9 @@ def convolution_nhwc(
     made = F.conv2d(x.to(wide), w.to(wide), stride=stride, padding=padding).float()
     if scale is not None and scale_w is not None:
         made *= scale[:, None, None, None] * scale_w[:, None, None]
+    if shift is not None and sums is not None:
+        ones = torch.ones((1, 1, *x.shape[2:]), device=x.device)
+        made += shift[:, None, None, None] * F.conv2d(ones, sums[:, None], stride=stride, padding=padding)
     if bias is not None:
         made += bias.float()[:, None, None]
     if residual is not None:
@@ -357,6 +364,8 @@ def _(
     stride: int,
     padding: int,
     out_dtype: torch.dtype,
+    shift: torch.Tensor | None = None,
+    sums: torch.Tensor | None = None,
 ) -> torch.Tensor:
     shape = convolved_shape(x, w, stride, padding)
     return torch.empty(shape, dtype=out_dtype, device=x.device, memory_format=torch.channels_last)
@@ -454,23 +463,27 @@ def group_norm_quantize_nhwc(
     dtype: torch.dtype,
     x_bias: torch.Tensor | None = None,
     embedding: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`group_norm_nhwc`, each image quantized by a scale of its own: → q of x's shape, scale (images,) in fp32.
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`group_norm_nhwc`, each image quantized by a scale of its own: → q of x's shape, scale and shift (images,), fp32.
 
-    As `quantize_image` has them, but nothing is rounded to x's dtype in between; and where SiLU was given a number
-    below that where it is least, the scale is that of 0.278 at least, though no number may come as close to that.
+    As `quantize_image` has them, but nothing is rounded to x's dtype in between. In int8 an image's numbers are
+    q * scale + shift, the shift in the middle between the least and the largest: of those that SiLU makes few are
+    negative and none is below -0.278, so that without it half of the 255 steps would be left unused. fp8 is finest
+    around zero: there the shift is 0. Where SiLU was given a number below that where it is least, -0.278 counts as
+    reached. Jacob et al. 2017, https://arxiv.org/abs/1712.05877
     """
     check_group_norm(x, groups, weight, bias, x_bias, embedding)
     made = normed(x, groups, weight, bias, eps, x_bias, embedding)
-    least = made.amin((1, 2, 3), keepdim=True)
+    given = made.amin((1, 2, 3), keepdim=True)
     if silu:
         made = F.silu(made)
-    amax = made.abs().amax((1, 2, 3), keepdim=True)
+    low, high = made.amin((1, 2, 3), keepdim=True), made.amax((1, 2, 3), keepdim=True)
     if silu:
-        amax = torch.where(least < SILU_LEAST_AT, amax.clamp(min=-SILU_LEAST), amax)
-    made, scale = quantized(made, amax, dtype)
+        low = torch.where(given < SILU_LEAST_AT, SILU_LEAST, low)
+    shift = (low + high) / 2 if dtype == torch.int8 else torch.zeros_like(low)
+    made, scale = quantized(made - shift, torch.maximum(high - shift, shift - low), dtype)
     q, _ = empty_images(x, dtype)
-    return q.copy_(made), scale.flatten()
+    return q.copy_(made), scale.flatten(), shift.flatten()
 
 
 @group_norm_quantize_nhwc.register_fake
@@ -484,9 +497,10 @@ def _(
     dtype: torch.dtype,
     x_bias: torch.Tensor | None = None,
     embedding: torch.Tensor | None = None,
-) -> Quantized:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     check_group_norm(x, groups, weight, bias, x_bias, embedding)
-    return empty_images(x, dtype)
+    q, scale = empty_images(x, dtype)
+    return q, scale, torch.empty_like(scale)
 
 
 WIDEST_HEAD = 128

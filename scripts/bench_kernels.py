@@ -267,6 +267,9 @@ def group_norm_cases(device: str, check: bool) -> Iterator[Case]:
                 "ours, to fp8": lambda: norm_kernels.launch_group_norm_quantize_nhwc(
                     x, 32, weight, bias, 1e-5, True, FP8
                 ),
+                "ours, to int8": lambda: norm_kernels.launch_group_norm_quantize_nhwc(
+                    x, 32, weight, bias, 1e-5, True, INT8
+                ),
                 "ours, then to fp8": lambda: kernels.launch_quantize_image(
                     norm_kernels.launch_group_norm_nhwc(x, 32, weight, bias, 1e-5, True), FP8
                 ),
@@ -303,13 +306,14 @@ def convolution_cases(device: str, check: bool) -> Iterator[Case]:
 
                 return call
 
-            def by_us(dtype: torch.dtype, added: bool = False) -> Call:
+            def by_us(dtype: torch.dtype, added: bool = False, shifted: bool = False) -> Call:
                 (q, scale), (filters, scale_w) = (x, None), (w, None)
                 if dtype != BF16:
                     q, scale = kernels.launch_quantize_image(x, dtype)
                     filters, scale_w = operators.quantize_filters(w, dtype)
                 given = (q, filters, scale, scale_w, bias, residual if added else None, stride, 1, BF16)
-                return lambda: kernels.launch_convolution_nhwc(*given)
+                shift = (torch.ones(2, device=device), w.float().sum(1)) if shifted else ()
+                return lambda: kernels.launch_convolution_nhwc(*given, *shift)
 
             return {
                 "cuDNN bf16": by_cudnn(False),
@@ -317,6 +321,7 @@ def convolution_cases(device: str, check: bool) -> Iterator[Case]:
                 "ours fp8": by_us(FP8),
                 "ours fp8, residual added": by_us(FP8, added=True),
                 "ours int8": by_us(INT8),
+                "ours int8, shifted": by_us(INT8, shifted=True),
                 "ours bf16": by_us(BF16),
             }
 
@@ -398,7 +403,7 @@ def agreements(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
         for one, other in zip(made, plain, strict=True):
             one, other = one.cpu().double(), other.double()
             differ = (one != other).double().mean().item()
-            off = ((one - other).norm() / other.norm()).item()
+            off = ((one - other).norm() / (other.norm() or 1)).item()  # fp8 is shifted by nothing: 0 to the last bit
             said.append(f"{differ:.2%} differ, by {off:.1e}" + ("" if off < 2e-2 else " DIFFERENT"))
         return "; ".join(said)
 
@@ -447,6 +452,24 @@ def agreements(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
                 kernels.launch_convolution_nhwc,
                 operators.convolution_nhwc,
                 (pixels, taps, scale, scales, bias, None, 2, 1, BF16),
+            ),
+            (
+                "convolution_nhwc, shifted",
+                kernels.launch_convolution_nhwc,
+                operators.convolution_nhwc,
+                (
+                    pixels,
+                    taps,
+                    scale,
+                    scales,
+                    bias,
+                    None,
+                    1,
+                    1,
+                    BF16,
+                    torch.tensor([2.0, -1.0]),
+                    filters.float().sum(1),
+                ),
             ),
         ):
 

@@ -423,6 +423,28 @@ def test_convolutions_are_those_of_the_quantized_numbers(case: tuple[int, ...], 
         assert torch.equal(narrow, wide.bfloat16())
 
 
+@pytest.mark.parametrize("case", (*CONVOLUTIONS, (1, 16, 16, 5, 40, 3, 1, 1)), ids=str)
+def test_a_shifted_image_is_shifted_within_its_edges(case: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    images, channels, columns, height, width, kernel, stride, padding = case
+    (candidate,) = kernels._convolution_kernel.configs
+    monkeypatch.setitem(candidate.kwargs, "SECOND", 16)  # pixels of a tile: the last case has tiles without an edge
+    x = torch.randn(images, channels, height, width, generator=seeded(0)).clamp(min=-0.3)
+    shift = torch.linspace(-1, 3, images)
+    w = torch.randn(columns, channels, kernel, kernel, generator=seeded(1))
+    (q, scale), (qw, scale_w) = (
+        operators.quantize_image(x - shift[:, None, None, None], torch.int8),
+        operators.quantize_filters(w, torch.int8),
+    )
+    exact = torch.nn.functional.conv2d(q.double(), qw.double(), stride=stride, padding=padding)
+    exact *= scale.double()[:, None, None, None] * scale_w[:, None, None]
+    raised = shift.double()[:, None, None, None].expand(x.shape)
+    exact += torch.nn.functional.conv2d(raised, w.double(), stride=stride, padding=padding)
+    given = (q, qw, scale, scale_w, None, None, stride, padding, torch.float32, shift, w.sum(1))
+    for result in (kernels.launch_convolution_nhwc(*given), operators.convolution_nhwc(*given)):
+        torch.testing.assert_close(result.double(), exact, rtol=1e-5, atol=2e-4)
+        assert result.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_convolutions_that_cant_be_are_refused() -> None:
     def convolve(x: torch.Tensor, w: torch.Tensor, stride: int) -> None:
         kernels.launch_convolution_nhwc(x, w, None, None, None, None, stride, 1, torch.bfloat16)
@@ -439,6 +461,11 @@ def test_convolutions_that_cant_be_are_refused() -> None:
         kernels.launch_convolution_nhwc(x16, w16, one, None, None, None, 1, 1, torch.bfloat16)
     with pytest.raises(ValueError, match="scale_w has 1 numbers: 4"):
         kernels.launch_convolution_nhwc(x16, w16, one, one, None, None, 1, 1, torch.bfloat16)
+    rest = (1, 1, torch.bfloat16)
+    with pytest.raises(ValueError, match="a shift of its images and the sums of its weights, or neither"):
+        kernels.launch_convolution_nhwc(x16, w16, None, None, None, None, *rest, one)
+    with pytest.raises(ValueError, match="sums has 4 numbers: 36"):
+        kernels.launch_convolution_nhwc(x16, w16, None, None, None, None, *rest, one, torch.ones(4))
     with pytest.raises(ValueError, match="5×6 pixels, with stride 2"):
         convolve(x.repeat(1, 4, 1, 1), w.repeat(1, 4, 1, 1), 2)
 
@@ -497,7 +524,7 @@ def test_group_norms_are_exact_to_rounding(shape: tuple[int, ...], of: torch.dty
 
 
 @DTYPES
-@pytest.mark.parametrize("size", (0.05, 1.0))  # of the weights: with the small ones 0.278 is what is reached
+@pytest.mark.parametrize("size", (0.05, 1.0))  # of the weights: with the small ones -0.278 is what is reached
 @pytest.mark.parametrize("silu", (False, True))
 @pytest.mark.parametrize("shape", (NORMS[2], NORMS[4], NORMS[10]), ids=str)
 def test_group_norms_are_quantized_to_the_nearest(
@@ -513,13 +540,16 @@ def test_group_norms_are_quantized_to_the_nearest(
     least = exact.amin((1, 2, 3))
     exact = torch.nn.functional.silu(exact) if silu else exact
     for operation in (norm_kernels.launch_group_norm_quantize_nhwc, operators.group_norm_quantize_nhwc):
-        q, scale = operation(x, groups, weight, bias, 1e-5, silu, dtype, x_bias, embedding)
+        q, scale, shift = operation(x, groups, weight, bias, 1e-5, silu, dtype, x_bias, embedding)
         assert q.shape == x.shape and q.dtype == dtype and q.is_contiguous(memory_format=torch.channels_last)
-        amax = exact.abs().amax((1, 2, 3))
+        low, high = exact.amin((1, 2, 3)), exact.amax((1, 2, 3))
         if silu:
-            amax = torch.where(least < operators.SILU_LEAST_AT, amax.clamp(min=-operators.SILU_LEAST), amax)
-        torch.testing.assert_close(scale.double(), amax / operators.LARGEST[dtype], rtol=1e-5, atol=0)
-        scaled = exact / scale.double()[:, None, None, None]
+            low = torch.where(least < operators.SILU_LEAST_AT, operators.SILU_LEAST, low)
+        middle = (low + high) / 2 if dtype == torch.int8 else torch.zeros_like(low)
+        reach = torch.maximum(high - middle, middle - low)
+        torch.testing.assert_close(scale.double(), reach / operators.LARGEST[dtype], rtol=1e-5, atol=0)
+        assert ((shift.double() - middle).abs() <= reach * 1e-5).all()
+        scaled = (exact - shift.double()[:, None, None, None]) / scale.double()[:, None, None, None]
         off = (q.double() - scaled).abs()
         assert (off <= half_unit(scaled, dtype) * 1.001 + operators.LARGEST[dtype] * 1e-5).all()
 
@@ -675,6 +705,7 @@ def operations(dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
         operators.quantize_image(image, dtype),
         operators.quantize_filters(image, dtype),
     )
+    sums = image.sum(1)
     turns, scale_turns = operators.quantize_rows(torch.randn(16, 16, generator=seeded(1)), dtype)
     halves = (x.bfloat16(), turns.bfloat16(), torch.ones(16).bfloat16())
     halves_of_heads = torch.randn(2, 5, 3, 2, 16, generator=seeded(0)).bfloat16()
@@ -687,6 +718,7 @@ def operations(dtype: torch.dtype) -> list[tuple[Any, tuple[Any, ...]]]:
         (operators.scaled_matmul, (q, w, scale_q, scale_w.reshape(1, -1), torch.ones(3), torch.bfloat16)),
         (operators.quantize_image, (image, dtype)),
         (operators.convolution_nhwc, (pixels, filters, scale, scales, torch.ones(2), None, 2, 1, torch.bfloat16)),
+        (operators.convolution_nhwc, (pixels, filters, scale, scales, None, None, 1, 1, torch.bfloat16, scale, sums)),
         (operators.quantize_rows, (x, dtype)),
         (operators.geglu_quantize_rows, (x, dtype)),
         (operators.layer_norm_quantize_rows, (x, torch.ones(16), torch.zeros(16), 1e-5, dtype)),
