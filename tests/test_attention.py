@@ -214,6 +214,19 @@ def test_only_layers_that_are_faster_by_it_take_it(monkeypatch: pytest.MonkeyPat
     assert (attention.own(q, k, v) - plain).norm() / plain.norm() < 1e-2
 
 
+def test_layers_beside_those_that_fit_are_not_asked_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = build("bf16", "sdpa")
+    every = attention.attention_layers(made.denoiser)
+    fitting = every[::3]  # as in SD 1.5, where heads of 160 come after those of 40 and 80
+    monkeypatch.setattr(KernelAttnProcessor, "can_take", lambda layer: layer in fitting)
+    alone = layers._attention_calls(made, fitting)
+    assert sorted(every.index(layer) for (_, layer) in alone.keys() if layer) == list(range(0, len(every), 3))
+    counted = sum(count for (_, layer), count in alone.items() if layer)
+    assert (counted, sum(alone.values())) == (len(fitting), len(every))
+    account = layers.attention_kernel(made)
+    assert (account["attention_layers"], account["others"]) == (len(fitting), len(every) - len(fitting))
+
+
 def test_it_is_for_bf16_and_hopper_and_goes_beside_pytorchs_kernels() -> None:
     def planned_by(*names: str, device: plan.Device = H100) -> tuple[str, ...]:
         return plan.plan_recipe(MODELS["sdxl"], Recipe("mine", names), device)

@@ -118,7 +118,8 @@ def _attention_calls(build: Build, layers: Iterable[Any] = ()) -> Counter[tuple[
 
     # Only while the denoiser runs: the other networks have attention of their own, once a call.
     hooks = [build.denoiser.register_forward_pre_hook(begin)]
-    hooks += [layer.register_forward_pre_hook(note) for layer in layers]
+    for layer in layers:
+        hooks += [layer.register_forward_pre_hook(note), layer.register_forward_hook(lambda *_: note(None))]
     hooks += [build.denoiser.register_forward_hook(lambda *_: setattr(functional, attend.__name__, attend))]
     try:
         build.short_call(*hooks)
