@@ -46,7 +46,9 @@ def check(
             raise ValueError(f"The {side} matches no finished measurement; finished ones are of the recipes: {there}.")
         recipes = sorted({_recipe(row) for row in rows})
         if len(recipes) > 1:
-            raise ValueError(f"The {side} must match one recipe, and matches {len(recipes)}: {', '.join(recipes)}.")
+            alike_named = Counter(name for name, _ in recipes)  # of these alone it is said what they consist of
+            each = (name if alike_named[name] == 1 else f"{name} ({parts})" for name, parts in recipes)
+            raise ValueError(f"The {side} must match one recipe, and matches {len(recipes)}: {', '.join(each)}.")
     here = {_fingerprint(row) for row in sides["candidate"]}
     like = [row for row in sides["baseline"] if _fingerprint(row) in here]
     if like and not across:  # a baseline that grows over the years has been on other drivers and versions, too
@@ -96,9 +98,10 @@ def _text(row: Row, name: str) -> str:
     return "" if value is None else str(value)
 
 
-def _recipe(row: Row) -> str:
+def _recipe(row: Row) -> tuple[str, str]:
+    """Its name, and what it consists of."""
     mode = f", {row['compile_mode']}" if row.get("compile_mode") else ""
-    return f"{row['recipe']} ({row['optimizations']}{mode})"
+    return row["recipe"], f"{row['optimizations']}{mode}"
 
 
 def _name(row: Row) -> tuple[Any, ...]:

@@ -173,7 +173,9 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
         image_repeats=len({_bytes(batch) for batch in images}) == 1,
     )
 
-    _refuse_black(images)
+    if any(image.convert("RGB").getbbox() is None for batch in images for image in batch):
+        _refuse_broken(_phases(build)[1])  # as floats: what isn't finite has become black among the bytes
+        raise BrokenImageError("an image is black all over")
 
     # The measurement is there. What follows may fail, or be killed, without taking it along.
     reference = folder.parents[1] / REFERENCE
@@ -236,12 +238,6 @@ def _refuse_broken(decoded: Any) -> None:
         raise BrokenImageError("the image has values that are not finite: NaN or infinity")
     if not (decoded.flatten(1) > 0.5 / 255).any(dim=1).all():
         raise BrokenImageError("the image is black all over")
-
-
-def _refuse_black(images: list[list[Any]]) -> None:
-    """Images of all calls. What isn't finite was made black."""
-    if any(image.convert("RGB").getbbox() is None for batch in images for image in batch):
-        raise BrokenImageError("an image is black all over")
 
 
 def _cache_state(spec: RunSpec) -> Literal["none", "cold", "warm", "shared", "saved"]:

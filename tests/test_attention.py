@@ -220,7 +220,7 @@ def test_layers_beside_those_that_fit_are_not_asked_of_the_kernel(monkeypatch: p
     fitting = every[::3]  # as in SD 1.5, where heads of 160 come after those of 40 and 80
     monkeypatch.setattr(KernelAttnProcessor, "can_take", lambda layer: layer in fitting)
     alone = layers._attention_calls(made, fitting)
-    assert sorted(every.index(layer) for (_, layer) in alone.keys() if layer) == list(range(0, len(every), 3))
+    assert sorted(every.index(layer) for (_, layer) in alone if layer) == list(range(0, len(every), 3))
     counted = sum(count for (_, layer), count in alone.items() if layer)
     assert (counted, sum(alone.values())) == (len(fitting), len(every))
     account = layers.attention_kernel(made)

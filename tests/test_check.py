@@ -113,7 +113,12 @@ def test_equal_ladders_are_seldom_called_slower_and_slower_ones_often() -> None:
         (
             measured("base", [1.0]),
             [*measured("new", [1.0]), *measured("other", [1.0])],
-            r"The candidate must match one recipe, and matches 2: new \(new\), other \(other\)",
+            r"The candidate must match one recipe, and matches 2: new, other\.$",
+        ),
+        (
+            measured("base", [1.0]),
+            [*measured("new", [1.0]), *measured("new", [1.0], "two", optimizations="bf16"), *measured("other", [1.0])],
+            r"matches 3: new \(bf16\), new \(new\), other\.$",
         ),
         (measured("base", [1.0]), measured("new", [1.0], steps=20), r"differ in steps \(20 and 30\)\.$"),
         (measured("base", [1.0]), measured("new", [1.0], machine="y"), r"differ in machine \(cpu x and y\): --across"),

@@ -19,6 +19,7 @@ from diffusion_fast.draw import arrange, draw
 from diffusion_fast.optimizations import Build
 from diffusion_fast.spec import Failure, Result, RunSpec
 from tests.conftest import planned
+from tests.test_optimizations import build
 
 
 def noise(size: int) -> Image.Image:
@@ -106,13 +107,22 @@ def test_what_is_no_image_is_a_failure(
     assert said in outcome.message
 
 
-def test_a_call_that_painted_black_is_a_failure_though_all_after_it_is_killed(
+def test_a_call_that_painted_black_is_a_failure(
     prepared: tuple[RunSpec, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     painting(monkeypatch, Image.new("RGB", (64, 64)), seconds=0.01)
-    monkeypatch.setattr(worker, "_phases", killed)
-    with pytest.raises(worker.BrokenImageError, match="black all over"):
+    monkeypatch.setattr(worker, "_phases", lambda build: ({}, torch.rand(1, 3, 64, 64)))  # it was that call alone
+    with pytest.raises(worker.BrokenImageError, match="an image is black all over"):
         worker.measure_rung(*prepared, Silent())  # type: ignore[arg-type]
+
+
+def test_a_black_picture_that_was_nan_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = build()
+    next(made.pipe.vae.decoder.parameters()).data.fill_(float("nan"))
+    monkeypatch.setattr(worker, "_load", lambda spec, progress: (made, {}, 0.0))
+    monkeypatch.setattr(measure, "MIN_SECONDS", 0.0)
+    with pytest.raises(worker.BrokenImageError, match="not finite: NaN or infinity"):
+        worker.measure_rung(made.spec, tmp_path, Silent())  # type: ignore[arg-type]
 
 
 def test_what_can_not_be_written_down_costs_itself_alone(
