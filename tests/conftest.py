@@ -19,6 +19,13 @@ from diffusion_fast.spec import Failure, Ladder, Outcome, Result, RunSpec
 CPU = plan.Device("cpu", "CPU")
 H100 = plan.Device("cuda", "NVIDIA H100", (9, 0))
 
+# Files that take longest, the longest first. They begin, so that no process is left alone with one of them at the end.
+LONGEST = ("test_ahead.py", "test_transformers.py", "test_models.py", "test_end_to_end.py", "test_judge.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="module", autouse=True)
 def only_what_is_new_is_searched_for_garbage() -> None:

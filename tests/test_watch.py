@@ -20,8 +20,9 @@ SPIN = "import time; end = time.monotonic() + 30\nwhile time.monotonic() < end: 
 
 
 def spin(seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
+    """For so long by this process's own clock: on a busy machine a second of the wall's may be a fifth of one."""
+    end = time.process_time() + seconds
+    while time.process_time() < end:
         pass
 
 
@@ -36,7 +37,7 @@ def test_what_others_did_is_told_from_what_was_done_here() -> None:
     # Two that spin on one core get half of it each; on several, one each.
     assert beside.account(1)["others_cpu_share"] > 0.4 / CORES
     own = beside.after["own_s"] - beside.before["own_s"]
-    assert 0.3 < own < 1.2
+    assert 0.9 < own < 1.2
 
 
 def test_a_recompilation_is_counted() -> None:
