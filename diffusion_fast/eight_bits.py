@@ -115,7 +115,7 @@ class ImagewiseConvolution(torch.nn.Module):
 
     weight: torch.Tensor  # (out_channels, in_channels, height, width), channels last
     weight_scale: torch.Tensor  # (out_channels,)
-    weight_sums: torch.Tensor  # (out_channels, height, width), over in_channels, before they were rounded
+    weight_sums: torch.Tensor  # (out_channels, height, width), over in_channels
     bias: torch.Tensor | None
 
     def __init__(self, convolution: torch.nn.Conv2d, number_format: torch.dtype) -> None:
@@ -125,7 +125,9 @@ class ImagewiseConvolution(torch.nn.Module):
         weight, scale = operators.quantize_filters(convolution.weight.detach(), number_format)
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
-        self.register_buffer("weight_sums", convolution.weight.detach().float().sum(1))
+        # As rounded: an image is mostly far from the middle of its range, and the errors of the weights that it meets
+        # there are taken back by those of their sums.
+        self.register_buffer("weight_sums", (weight.float() * scale[:, None, None, None]).sum(1))
         self.register_buffer("bias", None if convolution.bias is None else convolution.bias.detach())
 
     @classmethod

@@ -26,6 +26,7 @@ from diffusion_fast.eight_bits import (
     quantize_convolutions,
 )
 from diffusion_fast.models import MODELS
+from diffusion_fast.norms import ImageGroupNorm
 from diffusion_fast.optimizations import OPTIMIZATIONS, Optimization, quantization
 from diffusion_fast.pipeline import call
 from diffusion_fast.sensitivity import Layer, choose
@@ -135,6 +136,21 @@ def test_convolutions_with_few_channels_groups_or_odd_strides_stay() -> None:
     assert not can(32, 32, 3, groups=2)
     assert not can(32, 32, 3, dilation=2)
     assert not can(32, 32, 3, padding=1, padding_mode="circular")
+
+
+def test_behind_a_norm_with_silu_int8_uses_all_of_its_steps() -> None:
+    torch.manual_seed(0)
+    norm, convolution = torch.nn.GroupNorm(8, 64), torch.nn.Conv2d(64, 32, 3, padding=1)
+    x = torch.randn(2, 64, 24, 24)
+    made = torch.nn.functional.silu(norm(x))
+    exact, layer = convolution(made), ImagewiseConvolution(convolution, FORMATS["int8"])
+    shifted = ImageGroupNorm(norm, silu=True).convolved(layer, x)
+    around_zero = layer(made)
+    errors = [(found - exact).norm() / exact.norm() for found in (shifted, around_zero)]
+    # Steps are half as wide; what the rounding of weights costs stays.
+    assert 0.001 < errors[0] < 0.65 * errors[1]
+    edge = (shifted - exact)[:, :, 0].norm() / exact[:, :, 0].norm()  # where some of the pixels are no image's
+    assert edge < 1.3 * errors[0]
 
 
 @pytest.mark.parametrize("name", ["fp8_convolutions", "int8_convolutions"])
