@@ -44,7 +44,6 @@ TIME = ADD_NORM.plus("time", "time_projections")
 VAE = TIME.plus("vae", "sliced_vae_attention")
 WALKS = VAE.plus("walks", "no_module_walks")
 LOSSLESS = WALKS.plus("attention-kernel", "attention_kernel")
-PDL = LOSSLESS.plus("pdl", "dependent_launch")  # to be measured: the next ones do without
 FP8 = LOSSLESS.plus("fp8", "fp8_rows")
 INT8 = LOSSLESS.plus("int8", "int8_rows")
 # In fp8 convolutions lose too much: 8.8% of a step.
@@ -76,7 +75,7 @@ LADDERS: dict[str, tuple[Recipe, ...]] = {
     "progressive-modes": (*PROGRESSIVE, *DEFAULT_MODE),
     "fast": (
         *(BASELINE, DEFAULT_MODE[-1], REGIONAL, GRAPH, HOST, CUDNN, LAYOUT, NORMS, ATTENTION, PERSISTENT, GEGLU),
-        *(PROMPT, ADD_NORM, TIME, VAE, WALKS, LOSSLESS, PDL, INT8, FP8, CONVOLUTIONS),
+        *(PROMPT, ADD_NORM, TIME, VAE, WALKS, LOSSLESS, INT8, FP8, CONVOLUTIONS),
     ),
     "turbo": (
         PLAIN,

@@ -241,4 +241,4 @@ def test_it_is_for_bf16_and_hopper_and_goes_beside_pytorchs_kernels() -> None:
     with pytest.raises(ValueError, match=r"attention_kernel needs compute capability 9\.0"):
         planned_by("bf16", "sdpa", "attention_kernel", device=plan.Device("cuda", "NVIDIA A100", (8, 0)))
     rungs = [each.name for each in LADDERS["fast"] if "attention_kernel" in each.optimizations]
-    assert rungs == ["attention-kernel", "pdl", "int8", "fp8", "convolutions"]
+    assert rungs == ["attention-kernel", "int8", "fp8", "convolutions"]

@@ -24,8 +24,6 @@ from torch._inductor.runtime.triton_heuristics import CachingAutotuner
 from torch._inductor.virtualized import V
 
 from diffusion_fast import inductor
-from diffusion_fast.optimizations import compilation
-from tests.test_optimizations import build
 
 
 class Config:
@@ -335,11 +333,3 @@ def test_rows_that_inductor_would_read_twice_are_kept() -> None:
     assert after - before == {(ReductionHint.INNER, 1280), (ReductionHint.INNER, 4096)}
     assert before <= after
     assert torch.compiler.config.cache_key_tag == "attention rows of 4096"
-
-
-def test_dependent_launch_is_an_option_that_this_torch_knows() -> None:
-    made, _ = build("regional_compile")
-    assert compilation.dependent_launch(made) == {"triton.enable_pdl": True}
-    with torch._inductor.config.patch(made.compile_options):
-        assert torch._inductor.config.triton.enable_pdl
-    assert not torch._inductor.config.triton.enable_pdl

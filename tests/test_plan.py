@@ -131,7 +131,7 @@ def test_an_older_gpu_climbs_the_ladder_without_what_it_lacks() -> None:
     a100 = plan.Device("cuda", "NVIDIA A100", (8, 0))
     ladder = planned("fast", a100, "sdxl")
     assert "fp8_rows is left out: NVIDIA A100 has too low a compute capability" in ladder.notes
-    newer = {"geglu", "attention-kernel", "pdl", "int8", "fp8", "convolutions"}  # their kernels are Hopper's
+    newer = {"geglu", "attention-kernel", "int8", "fp8", "convolutions"}  # their kernels are Hopper's
     assert [spec.recipe for spec in ladder.rungs] == [each.name for each in LADDERS["fast"] if each.name not in newer]
 
 

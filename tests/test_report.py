@@ -50,6 +50,14 @@ def test_a_failed_rung_shows_its_reason(climbed: Callable[..., Path]) -> None:
     assert "| 01-bf16 | timeout: not done after 10 s |" in report.markdown(report.from_spool(climbed((2.0, None, 1.0))))
 
 
+def test_results_of_a_version_with_other_optimizations_are_told(tmp_path: Path) -> None:
+    ladder = planned("cpu")
+    gone = replace(ladder.rungs[0], optimizations=("bf16", "one_that_is_gone", "compile"))
+    folder = spool.save_ladder(tmp_path, replace(ladder, rungs=(gone,)))
+    keep(folder, result(gone, 2.0))
+    assert f"| {gone.rung} | 2 |" in report.markdown(report.from_spool(folder))
+
+
 def test_without_its_first_rung_a_ladder_has_no_speed_ups(climbed: Callable[..., Path]) -> None:
     text = report.markdown(report.from_spool(climbed((None, 2.0))))
     assert "×" not in text.replace("128×128", "")

@@ -301,7 +301,7 @@ def test_an_optimization_is_printed_or_refused_by_name(model: str, name: str) ->
         text = script.write(MODELS[model], spec)
         assert f"\n# {name}: {OPTIMIZATIONS[name].summary}\n" in text
         assert "diffusion_fast" not in {name.partition(".")[0] for name in imported(text)}
-        assert ("compile_options = {}" in text) == (compiles([name]) or name in ("inductor_tuning", "dependent_launch"))
+        assert ("compile_options = {}" in text) == (compiles([name]) or name == "inductor_tuning")
 
 
 def imported(text: str) -> set[str]:

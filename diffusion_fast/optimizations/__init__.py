@@ -8,7 +8,7 @@ layers.py         sdpa, attention_backend, attention_kernel, channels_last, no_l
 quantization.py   int8_dynamic, fp8_dynamic, fp8_dynamic_tensor, int8_weight_only, fp8_weight_only,
                   int4_weight_only, layerwise_casting, fp8_rows, int8_rows, fp8_convolutions, int8_convolutions
 parts.py          vae_slicing, vae_tiling, no_module_walks, prompt_embedding_cache
-compilation.py    inductor_tuning, persistent_reductions, dependent_launch, compile, regional_compile, ahead_of_time,
+compilation.py    inductor_tuning, persistent_reductions, compile, regional_compile, ahead_of_time,
                   cuda_graph
 approximation.py  feature_reuse, feature_forecast, first_block_cache, pyramid_attention_broadcast,
                   guidance_cutoff, tiny_vae

@@ -54,26 +54,6 @@ def persistent_reductions(build: Build) -> dict[str, Any]:
     return {"longest_row": keep_rows()}
 
 
-@optimization(
-    stage="inductor",
-    requires=(("compile", "regional_compile"),),
-    devices=("cuda",),
-    min_capability=(9, 0),
-    code='compile_options["triton.enable_pdl"] = True',
-)
-def dependent_launch(build: Build) -> dict[str, Any]:
-    """Have a kernel of Inductor's start while the one before it ends: its set-up no longer waits for that.
-
-    Programmatic dependent launch, https://docs.nvidia.com/cuda/cuda-c-programming-guide/#programmatic-dependent-launch-and-synchronization
-    """
-    import torch
-
-    if not hasattr(torch._inductor.config.triton, "enable_pdl"):
-        raise RuntimeError(f"dependent_launch: Inductor of torch {torch.__version__} knows no programmatic launch")
-    build.compile_options["triton.enable_pdl"] = True
-    return {"triton.enable_pdl": True}
-
-
 COMPILERS = ("torch._dynamo", "torch._inductor.compile_fx")
 OPTIONS = """import torch._inductor
 options = torch._inductor.list_mode_options("$compile_mode") | compile_options"""

@@ -147,23 +147,28 @@ def optimization(
     return register
 
 
+def _known(names: Iterable[str]) -> list[Optimization]:
+    """A result may be of another version of this package, and its recipe have names that this one hasn't."""
+    return [OPTIMIZATIONS[name] for name in names if name in OPTIMIZATIONS]
+
+
 def compiles(names: Iterable[str]) -> bool:
     """Whether a recipe of these names compiles anything."""
-    return any(OPTIMIZATIONS[name].stage == "compile" for name in names)
+    return any(each.stage == "compile" for each in _known(names))
 
 
 def eight_bit_formats(names: Iterable[str]) -> tuple[str, str]:
     """The eight-bit formats of linear layers and of convolutions in a recipe of these names, "" where it has none."""
-    known = [OPTIMIZATIONS[name] for name in names]
+    known = _known(names)
     of_linears = next((each.number_format for each in known if each.number_format), "")
     return of_linears, next((each.image_format for each in known if each.image_format), "")
 
 
 def left_out(names: Iterable[str]) -> set[str]:
     """The parts of a call that timed calls of a recipe of these names don't do: they repeat one prompt."""
-    return {OPTIMIZATIONS[name].leaves_out for name in names} - {""}
+    return {each.leaves_out for each in _known(names)} - {""}
 
 
 def same_work(names: Iterable[str]) -> bool:
     """Whether a recipe of these names does all of the model's work, in whatever way."""
-    return all(OPTIMIZATIONS[name].same_work for name in names)
+    return all(each.same_work for each in _known(names))
