@@ -516,10 +516,10 @@ def agreements(device: str) -> Iterator[tuple[str, Callable[[], str]]]:
     for keys in (1024, 1000, 77) if device == "cuda" else (64, 70, 20):
         fused = torch.randn(2, keys, 2 * 3 * 64).to(BF16)
         q, k, v = (each.unflatten(-1, (3, 64)) for each in (torch.randn(2, 333, 3 * 64).to(BF16), *fused.chunk(2, -1)))
-        tuner.nargs = {"KEYS": keys}
         tried = tuner.configs
         if device == "cuda":
-            tried = tuner.prune_configs({"ALONE": keys <= attention_kernels.ONE_BLOCK, "WIDTH": 64})
+            alone = keys <= attention_kernels.ONE_BLOCK
+            tried = attention_kernels._fitting(tuner.configs, {"KEYS": keys}, ALONE=alone, WIDTH=64)
         for config in tried:
 
             def attended(config: Any = config, given: Any = (q, k, v)) -> str:
