@@ -3,7 +3,7 @@
     python scripts/step_error.py --model sdxl --size 512
 
 Relative L2 errors of the UNet's output, from pure noise, for one image without guidance; everything but the named
-layers is in fp32. A GPU's record has a trajectory, guidance and bf16 besides (`one_step_error`). SDXL takes some 20 GiB,
+layers is in fp32. A GPU's record has a trajectory, guidance and bf16 besides (`one_step_error`). SDXL takes 20 GiB,
 and on two cores at 1024 a minute a line.
 """
 
