@@ -214,6 +214,11 @@ def test_every_layer_with_the_rows_is_quantized_and_the_picture_stays(
     assert 0 < (found - exact).norm() / exact.norm() < 0.1
 
 
+def test_embeddings_with_a_row_a_picture_stay_in_16_bits_in_any_batch() -> None:
+    one, many = (set(quantization.eligible(build("bf16", "sdpa", batch_size=size)[0])[1]) for size in (1, 20))
+    assert one == many
+
+
 def test_layers_that_are_kept_stay_and_unknown_ones_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = "mid_block.attentions.0.proj_in"
     made, applied = eight_bit("fp8_rows", monkeypatch, kept=(kept,))

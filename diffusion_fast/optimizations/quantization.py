@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import time
 from typing import Any
 
@@ -412,7 +413,7 @@ def _multiply_by_torchao(
     In a small model, such as the bundled one on a GPU, it is worth it nowhere: there all are taken that can be.
     """
     start = time.perf_counter()
-    rows = _rows_per_linear(build)
+    rows = {layer: _rows(shape) for layer, shape in _inputs_of_linears(build).items()}
     calibration_s = time.perf_counter() - start
     suited = functools.partial(_suited, build, multiple, rows=rows, excluded=excluded)
     chosen = suited(by_intensity=by_intensity) or suited(by_intensity=False)
@@ -593,12 +594,13 @@ def _eight_bits(build: Build) -> dict[str, Any]:
 def eligible(build: Build) -> tuple[dict[Any, int], dict[str, Any]]:
     """The rows of each linear layer, and by name the denoiser's layers that are worth eight bits.
 
-    With few rows, reading the weights takes longer than multiplying, and quantizing the input longer than both. Behind
-    attention it is the features that have to be many.
+    With few rows, reading the weights takes longer than multiplying, and quantizing the input longer than both. So a
+    row a picture, as embeddings of the time step have, is too few in any batch that fits. Behind attention it is the
+    features that have to be many.
     """
     import torch
 
-    rows = _rows_per_linear(build)
+    rows = {layer: _rows(shape) for layer, shape in _inputs_of_linears(build).items() if len(shape) > 2}
     behind = _behind_attention(build.denoiser)
     return rows, {
         name: module
@@ -632,14 +634,14 @@ def pixels_per_convolution(build: Build) -> dict[Any, int]:
     return pixels
 
 
-def _rows_per_linear(build: Build) -> dict[Any, int]:
-    """How many rows each linear layer of the denoiser and the VAE multiplies, seen in an eager step."""
+def _inputs_of_linears(build: Build) -> dict[Any, tuple[int, ...]]:
+    """The shape of what each linear layer of the denoiser and the VAE is given, seen in an eager step."""
     import torch
 
-    rows: dict[Any, int] = {}
+    shapes: dict[Any, tuple[int, ...]] = {}
 
     def note(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        rows[module] = inputs[0].numel() // inputs[0].shape[-1]
+        shapes[module] = tuple(inputs[0].shape)
 
     hooks = [
         module.register_forward_pre_hook(note)
@@ -648,4 +650,8 @@ def _rows_per_linear(build: Build) -> dict[Any, int]:
         if isinstance(module, torch.nn.Linear)
     ]
     build.short_call(*hooks)
-    return rows
+    return shapes
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return math.prod(shape[:-1])
