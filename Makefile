@@ -4,9 +4,9 @@ PYTHON ?= python3
 MODEL ?= tiny
 ARGS ?=
 BIN := .venv/bin
-# A process a core, each with one thread: networks this small gain nothing by more. A file's tests stay together, for
-# what they share is made once, and files come in the order of tests/conftest.py.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=logical --maxprocesses=8 --dist=loadfile --no-loadscope-reorder
+# A process a core, each with one thread: networks this small gain nothing by more. What stays together, for it shares
+# what is made once, and in which order it comes, is in tests/conftest.py.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=logical --maxprocesses=8 --dist=loadgroup --no-loadscope-reorder
 # `mlflow run --env-manager local` starts whichever python comes first.
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 

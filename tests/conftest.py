@@ -20,10 +20,19 @@ CPU = plan.Device("cpu", "CPU")
 H100 = plan.Device("cuda", "NVIDIA H100", (9, 0))
 
 # Files that take longest, the longest first. They begin, so that no process is left alone with one of them at the end.
-LONGEST = ("test_ahead.py", "test_transformers.py", "test_models.py", "test_end_to_end.py", "test_judge.py")
+LONGEST = (
+    *("test_ladders.py", "test_ahead.py", "test_transformers.py", "test_models.py", "test_end_to_end.py"),
+    "test_judge.py",
+)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put a file's tests into one process, or a model's where a file goes through all of them."""
+    for item in items:
+        chosen = getattr(item, "callspec", None)
+        model = chosen.params.get("model", "") if chosen and item.path.name == "test_ladders.py" else ""
+        item.add_marker(pytest.mark.xdist_group(f"{item.path.name} {model}"))
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
