@@ -46,8 +46,8 @@ def check(
             raise ValueError(f"The {side} matches no finished measurement; finished ones are of the recipes: {there}.")
         recipes = sorted({_recipe(row) for row in rows})
         if len(recipes) > 1:
-            alike_named = Counter(name for name, _ in recipes)  # of these alone it is said what they consist of
-            each = (name if alike_named[name] == 1 else f"{name} ({parts})" for name, parts in recipes)
+            called_so = Counter(name for name, _ in recipes)  # where several are, it is said what they consist of
+            each = (name if called_so[name] == 1 else f"{name} ({parts})" for name, parts in recipes)
             raise ValueError(f"The {side} must match one recipe, and matches {len(recipes)}: {', '.join(each)}.")
     here = {_fingerprint(row) for row in sides["candidate"]}
     like = [row for row in sides["baseline"] if _fingerprint(row) in here]

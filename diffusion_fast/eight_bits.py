@@ -115,7 +115,7 @@ class ImagewiseConvolution(torch.nn.Module):
 
     weight: torch.Tensor  # (out_channels, in_channels, height, width), channels last
     weight_scale: torch.Tensor  # (out_channels,)
-    weight_sums: torch.Tensor  # (out_channels, height, width), over in_channels
+    weight_sums: torch.Tensor | None  # (out_channels, height, width), over in_channels; of int8, for what shifts
     bias: torch.Tensor | None
 
     def __init__(self, convolution: torch.nn.Conv2d, number_format: torch.dtype) -> None:
@@ -125,9 +125,10 @@ class ImagewiseConvolution(torch.nn.Module):
         weight, scale = operators.quantize_filters(convolution.weight.detach(), number_format)
         self.register_buffer("weight", weight)
         self.register_buffer("weight_scale", scale)
-        # As rounded: an image is mostly far from the middle of its range, and the errors of the weights that it meets
-        # there are taken back by those of their sums.
-        self.register_buffer("weight_sums", (weight.float() * scale[:, None, None, None]).sum(1))
+        # Of the rounded weights: their errors then cancel where an image is far from the middle of its range, which is
+        # nearly everywhere.
+        sums = None if number_format.is_floating_point else (weight.float() * scale[:, None, None, None]).sum(1)
+        self.register_buffer("weight_sums", sums)
         self.register_buffer("bias", None if convolution.bias is None else convolution.bias.detach())
 
     @classmethod

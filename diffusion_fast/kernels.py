@@ -29,6 +29,7 @@ from diffusion_fast.operators import (
     check_linear_geglu,
     check_matmul,
     check_scaled_geglu,
+    check_shift,
     convolution_nhwc,
     convolved_shape,
     empty_gated,
@@ -616,8 +617,8 @@ def _shifted(
     """What an image that lies `shift` above its numbers adds: that times the weights' sum over the taps within it.
 
     y and x (pixels): the input's pixel under the first tap; HEIGHT and WIDTH: the input's. A product again, of channels
-    by taps by pixels: choosing tap by tap takes more registers than there are. In two halves, since a factor of 16 bits
-    rounds to 8.
+    by taps (ROOM for them) by pixels: choosing tap by tap takes more registers than there are. In two halves, since a
+    factor of 16 bits rounds to 8.
     """
     tap = tl.arange(0, ROOM)
     row, column = y[None, :] + (tap // ACROSS)[:, None], x[None, :] + (tap % ACROSS)[:, None]
@@ -647,7 +648,7 @@ def _whole_channels(candidates: list[Any], arguments: dict[str, Any], **constant
         (64, 128, 64, 4, 6),
         (128, 64, 128, 4, 4),
     ),
-    key=["IMAGES", "HEIGHT", "WIDTH", "CHANNELS", "OUT", "TAPS", "STRIDE", "INTEGER", "ITEM"],
+    key=["IMAGES", "HEIGHT", "WIDTH", "CHANNELS", "OUT", "TAPS", "STRIDE", "INTEGER", "ITEM", "SHIFTED"],
     prune_configs_by=_at_once(lambda: _convolution_kernel, _whole_channels),  # type: ignore[has-type]
     do_bench=_time,
 )
@@ -656,7 +657,8 @@ def _convolution_kernel(
     x, w, scale, scale_w, bias, residual, shift, sums, out, IMAGES, HEIGHT, WIDTH, CHANNELS, OUT,
     TAPS: tl.constexpr, ACROSS: tl.constexpr, STRIDE: tl.constexpr, PADDING: tl.constexpr,
     INTEGER: tl.constexpr, ITEM: tl.constexpr, SCALED: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
-    SHIFTED: tl.constexpr, TILE_WIDTH: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, DEPTH: tl.constexpr,
+    SHIFTED: tl.constexpr, ROOM: tl.constexpr,
+    TILE_WIDTH: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """x (IMAGES, input's height / STRIDE, STRIDE, input's width / STRIDE, STRIDE * CHANNELS), w (OUT, TAPS * CHANNELS)
     → out (IMAGES, HEIGHT, WIDTH, OUT): a tile of FIRST channels and SECOND pixels a program."""
@@ -692,7 +694,7 @@ def _convolution_kernel(
     if SHIFTED:
         scaled = _shifted(
             scaled, tl.load(shift + image), sums, channel, OUT, y * STRIDE - PADDING, x.shape[1] * STRIDE,
-            across * STRIDE - PADDING, x.shape[3] * STRIDE, TAPS, ACROSS, 16 if TAPS <= 16 else 32,
+            across * STRIDE - PADDING, x.shape[3] * STRIDE, TAPS, ACROSS, ROOM,
         )  # fmt: skip
     if BIASED:
         scaled += tl.load(bias + channel, mask=channel < OUT, other=0.0).to(tl.float32)[:, None]
@@ -736,8 +738,7 @@ def launch_convolution_nhwc(
     _check_copied(x, stride)
     if (scale is None) != (scale_w is None):
         raise ValueError("a convolution has a scale for its images and one for its weights, or neither")
-    if (shift is None) != (sums is None):
-        raise ValueError("a convolution has a shift of its images and the sums of its weights, or neither")
+    check_shift(shift, sums)
     for name, given, length in (
         *(("scale", scale, images), ("scale_w", scale_w, columns), ("the bias", bias, columns)),
         *(("the shift", shift, images), ("sums", sums, columns * w.shape[2] * w.shape[3])),
@@ -765,7 +766,8 @@ def launch_convolution_nhwc(
         None if sums is None else sums.contiguous(), out, images, height, width, x.shape[1], columns,
         TAPS=w.shape[2] * w.shape[3], ACROSS=w.shape[3], STRIDE=stride, PADDING=padding,
         INTEGER=x.dtype == torch.int8, ITEM=x.element_size(), SCALED=scale is not None, BIASED=bias is not None,
-        ADDED=residual is not None, SHIFTED=shift is not None, TILE_WIDTH=tile_width,
+        ADDED=residual is not None, SHIFTED=shift is not None,
+        ROOM=max(16, triton.next_power_of_2(w.shape[2] * w.shape[3])), TILE_WIDTH=tile_width,
     )  # fmt: skip
     return out
 

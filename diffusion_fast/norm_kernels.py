@@ -172,14 +172,14 @@ def _affine(
     channel = span * WIDTH + lane
     inside = (lane < WIDTH) & (channel < CHANNELS)
     member = lane // PER_GROUP == group[:, None]
-    scale = tl.sum(tl.where(member, tl.rsqrt(variance + eps)[:, None], 0.0), 0)
-    shift = -tl.sum(tl.where(member, mean[:, None], 0.0), 0)
+    factor = tl.sum(tl.where(member, tl.rsqrt(variance + eps)[:, None], 0.0), 0)
+    addend = -tl.sum(tl.where(member, mean[:, None], 0.0), 0)
     if BIASED:
-        shift += tl.load(x_bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+        addend += tl.load(x_bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
     if EMBEDDED:
-        shift += tl.load(embedding_ptr + image * EMBEDDED + channel, mask=inside, other=0.0).to(tl.float32)
-    scale *= tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
-    return scale, shift * scale + tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+        addend += tl.load(embedding_ptr + image * EMBEDDED + channel, mask=inside, other=0.0).to(tl.float32)
+    factor *= tl.load(weight_ptr + channel, mask=inside, other=0.0).to(tl.float32)
+    return factor, addend * factor + tl.load(bias_ptr + channel, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -189,7 +189,7 @@ def _silu(x):
 
 @triton.jit
 def _write_span(
-    x_ptr, out_ptr, span, part, image, scale, shift, middle, inverse, PIXELS, PART, CHANNELS: tl.constexpr,
+    x_ptr, out_ptr, span, part, image, factor, addend, shift, inverse, PIXELS, PART, CHANNELS: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, SILU: tl.constexpr,
     QUANTIZED: tl.constexpr,
 ):  # fmt: skip
@@ -206,11 +206,11 @@ def _write_span(
     for done in tl.range(0, pixels, ROWS, num_stages=STAGES):
         mask = (row < pixels - last + done)[:, None] & inside[None, :]
         x = tl.load(x_ptr + within, mask=mask, other=0.0, eviction_policy="evict_first")
-        made = x.to(tl.float32) * scale[None, :] + shift[None, :]
+        made = x.to(tl.float32) * factor[None, :] + addend[None, :]
         if SILU:
             made = _silu(made)
         if QUANTIZED:
-            tl.store(out_ptr + within, _rounded((made - middle) * inverse, out_ptr.dtype.element_ty), mask=mask)
+            tl.store(out_ptr + within, _rounded((made - shift) * inverse, out_ptr.dtype.element_ty), mask=mask)
         else:
             tl.store(out_ptr + within, made.to(out_ptr.dtype.element_ty), mask=mask)
         x_ptr -= ROWS * CHANNELS
@@ -226,12 +226,12 @@ def _group_norm_apply_kernel(
 ):  # fmt: skip
     """Program (span, part, image), as of the other kernel: x (PIXELS, CHANNELS) of an image → out, of its layout."""
     span, part, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    scale, shift = _affine(
+    factor, addend = _affine(
         x_bias_ptr, embedding_ptr, statistics_ptr, weight_ptr, bias_ptr, span, tl.num_programs(0), tl.num_programs(1),
         image, PIXELS, PART, eps, CHANNELS, WIDTH, PER_GROUP, BLOCK, GROUPS, BIASED, EMBEDDED, PARTS,
     )  # fmt: skip
     _write_span(
-        x_ptr, out_ptr, span, part, image, scale, shift, 0.0, 1.0, PIXELS, PART, CHANNELS, WIDTH, BLOCK, ROWS, STAGES,
+        x_ptr, out_ptr, span, part, image, factor, addend, 0.0, 1.0, PIXELS, PART, CHANNELS, WIDTH, BLOCK, ROWS, STAGES,
         SILU, False,
     )  # fmt: skip
 
@@ -253,7 +253,7 @@ def _group_norm_limits_kernel(
 ):  # fmt: skip
     """Program (span, image): factor and addend of each channel, and the least and the largest y of the span."""
     span, spans, image = tl.program_id(0), tl.num_programs(0), tl.program_id(1)
-    scale, shift = _affine(
+    factor, addend = _affine(
         x_bias_ptr, embedding_ptr, statistics_ptr, weight_ptr, bias_ptr, span, spans, PARTS_THERE, image, PIXELS, PART,
         eps, CHANNELS, WIDTH, PER_GROUP, BLOCK, GROUPS, BIASED, EMBEDDED, PARTS,
     )  # fmt: skip
@@ -265,7 +265,7 @@ def _group_norm_limits_kernel(
         there = (start + each < PARTS_THERE)[:, None]
         least = tl.minimum(least, tl.load(limits_ptr + at, mask=there, other=float("inf")))
         largest = tl.maximum(largest, tl.load(limits_ptr + at + BLOCK, mask=there, other=float("-inf")))
-    one, other = tl.min(least, 0) * scale + shift, tl.max(largest, 0) * scale + shift
+    one, other = tl.min(least, 0) * factor + addend, tl.max(largest, 0) * factor + addend
     if SILU:
         fell = tl.minimum(one, other) < LEAST_AT
         one, other = _silu(one), _silu(other)
@@ -274,10 +274,13 @@ def _group_norm_limits_kernel(
         low = tl.where(fell, LEAST, low)
     inside = (lane < WIDTH) & (span * WIDTH + lane < CHANNELS)
     at = image * spans + span
-    tl.store(reached_ptr + 2 * at, tl.min(tl.where(inside, low, float("inf"))))
-    tl.store(reached_ptr + 2 * at + 1, tl.max(tl.where(inside, high, float("-inf"))))
-    tl.store(affine_ptr + at * (2 * BLOCK) + lane, scale)
-    tl.store(affine_ptr + at * (2 * BLOCK) + BLOCK + lane, shift)
+    # Minima pass over what is no number. A group that has one has no mean, and so no factor.
+    unknown = tl.max((inside & (factor != factor)).to(tl.int32)) > 0
+    low, high = tl.min(tl.where(inside, low, float("inf"))), tl.max(tl.where(inside, high, float("-inf")))
+    tl.store(reached_ptr + 2 * at, tl.where(unknown, float("nan"), low))
+    tl.store(reached_ptr + 2 * at + 1, high)
+    tl.store(affine_ptr + at * (2 * BLOCK) + lane, factor)
+    tl.store(affine_ptr + at * (2 * BLOCK) + BLOCK + lane, addend)
 
 
 @triton.jit(do_not_specialize=["PIXELS", "PART"])
@@ -290,17 +293,18 @@ def _group_norm_quantize_kernel(
     span, part, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     at, lane, each = image * tl.num_programs(0), tl.arange(0, BLOCK), tl.arange(0, SPANS)
     there = each < tl.num_programs(0)
-    low = tl.min(tl.load(reached_ptr + 2 * (at + each), mask=there, other=float("inf")))
-    high = tl.max(tl.load(reached_ptr + 2 * (at + each) + 1, mask=there, other=float("-inf")))
-    middle = (low + high) / 2 if SHIFTED else 0.0
-    quantum, inverse = _scale_of(tl.maximum(high - middle, middle - low), LARGEST, SMALLEST)
+    low = tl.load(reached_ptr + 2 * (at + each), mask=there, other=float("inf"))
+    unknown = tl.max((low != low).to(tl.int32)) > 0
+    low, high = tl.min(low), tl.max(tl.load(reached_ptr + 2 * (at + each) + 1, mask=there, other=float("-inf")))
+    shift = (low + high) / 2 if SHIFTED else 0.0
+    scale, inverse = _scale_of(tl.maximum(high - shift, shift - low), LARGEST, SMALLEST)
     if (span == 0) & (part == 0):
-        tl.store(scale_ptr + image, quantum)
-        tl.store(shift_ptr + image, middle)
-    scale = tl.load(affine_ptr + (at + span) * (2 * BLOCK) + lane)
-    shift = tl.load(affine_ptr + (at + span) * (2 * BLOCK) + BLOCK + lane)
+        tl.store(scale_ptr + image, tl.where(unknown, float("nan"), scale))
+        tl.store(shift_ptr + image, shift)
+    factor = tl.load(affine_ptr + (at + span) * (2 * BLOCK) + lane)
+    addend = tl.load(affine_ptr + (at + span) * (2 * BLOCK) + BLOCK + lane)
     _write_span(
-        x_ptr, q_ptr, span, part, image, scale, shift, middle, inverse, PIXELS, PART, CHANNELS, WIDTH, BLOCK, ROWS,
+        x_ptr, q_ptr, span, part, image, factor, addend, shift, inverse, PIXELS, PART, CHANNELS, WIDTH, BLOCK, ROWS,
         STAGES, SILU, True,
     )  # fmt: skip
 
@@ -417,7 +421,7 @@ def launch_group_norm_quantize_nhwc(
     _group_norm_quantize_kernel[work.grid](
         work.x, affine, reached, q, scale, shift, work.pixels, work.part, CHANNELS=x.shape[1],
         WIDTH=work.constants["WIDTH"], BLOCK=block, SPANS=triton.next_power_of_2(spans), SILU=silu,
-        SHIFTED=dtype == torch.int8, LARGEST=largest(dtype), SMALLEST=SMALLEST_SCALE, **tiles,
+        SHIFTED=silu and dtype == torch.int8, LARGEST=largest(dtype), SMALLEST=SMALLEST_SCALE, **tiles,
     )  # fmt: skip
     return q, scale, shift
 

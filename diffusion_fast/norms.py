@@ -47,8 +47,8 @@ class ImageGroupNorm(torch.nn.Module):
             return made
         given = self.groups, self.weight, self.bias, self.eps, self.silu, convolution.number_format
         q, scale, shift = operators.group_norm_quantize_nhwc(x, *given, self.x_bias, embedding)
-        shifted = None if q.is_floating_point() else shift  # of fp8 it is 0
-        return convolution.convolve(q, scale, x.dtype, shifted)
+        shifted = self.silu and not q.is_floating_point()  # else it is 0
+        return convolution.convolve(q, scale, x.dtype, shift if shifted else None)
 
 
 class NormedResnetBlock2D(ResnetBlock2D):  # type: ignore[misc]  # diffusers has no types

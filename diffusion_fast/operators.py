@@ -314,6 +314,11 @@ def convolved_shape(x: torch.Tensor, w: torch.Tensor, stride: int, padding: int)
     return x.shape[0], w.shape[0], height, width
 
 
+def check_shift(shift: torch.Tensor | None, sums: torch.Tensor | None) -> None:
+    if (shift is None) != (sums is None):
+        raise ValueError("a convolution has a shift of its images and the sums of its weights, or neither")
+
+
 @torch.library.custom_op("diffusion_fast::convolution_nhwc", mutates_args=(), device_types="cpu")
 def convolution_nhwc(
     x: torch.Tensor,
@@ -339,6 +344,7 @@ def convolution_nhwc(
     bytes; a stride beyond 1 divides height and width, and wants `in` to fill a multiple of 64 bytes.
     """
     shape = convolved_shape(x, w, stride, padding)
+    check_shift(shift, sums)
     wide = torch.float64 if x.dtype == torch.int8 else torch.float32
     made = F.conv2d(x.to(wide), w.to(wide), stride=stride, padding=padding).float()
     if scale is not None and scale_w is not None:
@@ -466,21 +472,21 @@ def group_norm_quantize_nhwc(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`group_norm_nhwc`, each image quantized by a scale of its own: → q of x's shape, scale and shift (images,), fp32.
 
-    As `quantize_image` has them, but nothing is rounded to x's dtype in between. In int8 an image's numbers are
-    q * scale + shift, the shift in the middle between the least and the largest: of those that SiLU makes few are
-    negative and none is below -0.278, so that without it half of the 255 steps would be left unused. fp8 is finest
-    around zero: there the shift is 0. Where SiLU was given a number below that where it is least, -0.278 counts as
-    reached. Jacob et al. 2017, https://arxiv.org/abs/1712.05877
+    As `quantize_image` has them, but nothing is rounded to x's dtype in between. Behind SiLU an image's numbers in int8
+    are q * scale + shift, the shift in the middle between the least and the largest: few are negative and none is below
+    -0.278, so that without it half of the 255 steps would be left unused. Else the shift is 0; fp8 is finest there.
+    Where SiLU was given a number below that where it is least, -0.278 counts as reached. Where a number is no number,
+    the image's scale is none. Jacob et al. 2017, https://arxiv.org/abs/1712.05877
     """
     check_group_norm(x, groups, weight, bias, x_bias, embedding)
     made = normed(x, groups, weight, bias, eps, x_bias, embedding)
-    given = made.amin((1, 2, 3), keepdim=True)
+    least = made.amin((1, 2, 3), keepdim=True)
     if silu:
         made = F.silu(made)
     low, high = made.amin((1, 2, 3), keepdim=True), made.amax((1, 2, 3), keepdim=True)
     if silu:
-        low = torch.where(given < SILU_LEAST_AT, SILU_LEAST, low)
-    shift = (low + high) / 2 if dtype == torch.int8 else torch.zeros_like(low)
+        low = torch.where(least < SILU_LEAST_AT, SILU_LEAST, low)
+    shift = (low + high) / 2 if silu and dtype == torch.int8 else torch.zeros_like(low)
     made, scale = quantized(made - shift, torch.maximum(high - shift, shift - low), dtype)
     q, _ = empty_images(x, dtype)
     return q.copy_(made), scale.flatten(), shift.flatten()

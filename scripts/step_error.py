@@ -3,8 +3,8 @@
     python scripts/step_error.py --model sdxl --size 512
 
 Relative L2 errors of the UNet's output, from pure noise, for one image without guidance; everything but the named
-layers is in fp32. A GPU's record has a trajectory, guidance and bf16 besides (`one_step_error`). SDXL takes 20 GiB,
-and on two cores at 1024 a minute a line.
+layers is in fp32, and nothing is fused: feed-forwards have scales a row. A GPU's record has a trajectory, guidance and
+bf16 besides (`one_step_error`). SDXL takes 20 GiB, and on two cores at 1024 a minute a line.
 """
 
 from __future__ import annotations
@@ -20,28 +20,29 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import diffusion_fast
-from diffusion_fast import eight_bits, norms, plan
+from diffusion_fast import eight_bits, norms
+from diffusion_fast.models import MODELS
 from diffusion_fast.modules import replace_modules
-from diffusion_fast.optimizations.quantization import LEAST_FEATURES_BEHIND_ATTENTION, LEAST_ROWS, _behind_attention
+from diffusion_fast.optimizations.quantization import LEAST_ROWS, worth_eight_bits
 
 CONFIGS = Path(diffusion_fast.__file__).parent / "configs"
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--model", default="sdxl", help="sdxl, ssd-1b or sd15")
+    parser.add_argument("--model", default="sdxl", choices=("sdxl", "ssd-1b", "sd15"))
     parser.add_argument("--size", type=int, help="pixels a side [default: the model's]")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_grad_enabled(False)
-    model = plan.find_model(options.model)
+    model = MODELS[options.model]
     config = json.loads((CONFIGS / model.configs / "unet.json").read_text())
     torch.manual_seed(0)
     unet = UNet2DConditionModel.from_config(config).eval()
     given = inputs(config, (options.size or model.height) // 8)
-    rows: dict[Any, int] = {}
+    shapes: dict[Any, tuple[int, ...]] = {}
 
-    def note(layer: Any, arguments: tuple[torch.Tensor, ...]) -> None:
-        rows[layer] = arguments[0].numel() // arguments[0].shape[-1]
+    def note(layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        shapes[layer] = tuple(inputs[0].shape)
 
     linears = [layer for layer in unet.modules() if isinstance(layer, torch.nn.Linear)]
     hooks = [layer.register_forward_pre_hook(note) for layer in linears]
@@ -65,14 +66,7 @@ def main() -> None:
         tell(f"int8, {place}", len(chosen))
         replace_modules(unet, {made: layer for layer, made in taken.items()}.get)
 
-    behind = _behind_attention(unet)
-    eligible = {
-        layer
-        for layer in linears
-        if rows.get(layer, 0) >= LEAST_ROWS["cuda"]
-        and layer.in_features % 16 == layer.out_features % 16 == 0
-        and (layer not in behind or min(layer.weight.shape) >= LEAST_FEATURES_BEHIND_ATTENTION)
-    }
+    eligible = set(worth_eight_bits(unet, shapes, LEAST_ROWS["cuda"]).values())
     eight_bits.quantize(unet, eligible, torch.float8_e4m3fn)
     tell("fp8, linear layers", len(eligible))
     swap(unet, found.values())

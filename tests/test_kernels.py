@@ -423,7 +423,7 @@ def test_convolutions_are_those_of_the_quantized_numbers(case: tuple[int, ...], 
         assert torch.equal(narrow, wide.bfloat16())
 
 
-@pytest.mark.parametrize("case", (*CONVOLUTIONS, (1, 16, 16, 5, 40, 3, 1, 1)), ids=str)
+@pytest.mark.parametrize("case", (*CONVOLUTIONS, (1, 16, 16, 5, 40, 3, 1, 1), (1, 16, 16, 8, 9, 7, 1, 3)), ids=str)
 def test_a_shifted_image_is_shifted_within_its_edges(case: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     images, channels, columns, height, width, kernel, stride, padding = case
     (candidate,) = kernels._convolution_kernel.configs
@@ -545,13 +545,22 @@ def test_group_norms_are_quantized_to_the_nearest(
         low, high = exact.amin((1, 2, 3)), exact.amax((1, 2, 3))
         if silu:
             low = torch.where(least < operators.SILU_LEAST_AT, operators.SILU_LEAST, low)
-        middle = (low + high) / 2 if dtype == torch.int8 else torch.zeros_like(low)
+        middle = (low + high) / 2 if silu and dtype == torch.int8 else torch.zeros_like(low)
         reach = torch.maximum(high - middle, middle - low)
         torch.testing.assert_close(scale.double(), reach / operators.LARGEST[dtype], rtol=1e-5, atol=0)
         assert ((shift.double() - middle).abs() <= reach * 1e-5).all()
         scaled = (exact - shift.double()[:, None, None, None]) / scale.double()[:, None, None, None]
         off = (q.double() - scaled).abs()
         assert (off <= half_unit(scaled, dtype) * 1.001 + operators.LARGEST[dtype] * 1e-5).all()
+
+
+@DTYPES
+def test_an_image_with_what_is_no_number_has_no_scale(dtype: torch.dtype) -> None:
+    x = torch.randn(3, 320, 5, 6, generator=seeded(0))
+    x[1, 170, 2, 3] = float("nan")
+    for operation in (norm_kernels.launch_group_norm_quantize_nhwc, operators.group_norm_quantize_nhwc):
+        _, scale, _ = operation(x, 32, torch.ones(320), torch.zeros(320), 1e-5, True, dtype)
+        assert scale.isnan().tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("multiprocessors", (1, 40))  # few parts of many tiles, or many of one

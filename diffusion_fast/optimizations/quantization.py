@@ -592,21 +592,28 @@ def _eight_bits(build: Build) -> dict[str, Any]:
 
 
 def eligible(build: Build) -> tuple[dict[Any, int], dict[str, Any]]:
-    """The rows of each linear layer, and by name the denoiser's layers that are worth eight bits.
+    """The rows of each linear layer, and by name the denoiser's layers that are worth eight bits."""
+    shapes = _inputs_of_linears(build)
+    rows = {layer: _rows(shape) for layer, shape in shapes.items()}
+    return rows, worth_eight_bits(build.denoiser, shapes, LEAST_ROWS[build.spec.device])
 
-    With few rows, reading the weights takes longer than multiplying, and quantizing the input longer than both. So a
-    row a picture, as embeddings of the time step have, is too few in any batch that fits. Behind attention it is the
-    features that have to be many.
+
+def worth_eight_bits(network: Any, shapes: dict[Any, tuple[int, ...]], least_rows: int) -> dict[str, Any]:
+    """By name the linear layers, given tensors of such `shapes`, that are worth it to be multiplied in eight bits.
+
+    With few rows, reading the weights takes longer than multiplying, and quantizing the input longer than both. So what
+    has two dimensions, a row a picture, stays as it is in any batch: an embedding of the time step, or the like.
+    Behind attention it is the features that have to be many.
     """
     import torch
 
-    rows = {layer: _rows(shape) for layer, shape in _inputs_of_linears(build).items() if len(shape) > 2}
-    behind = _behind_attention(build.denoiser)
-    return rows, {
+    behind = _behind_attention(network)
+    return {
         name: module
-        for name, module in build.denoiser.named_modules()
+        for name, module in network.named_modules()
         if isinstance(module, torch.nn.Linear)
-        and rows.get(module, 0) >= LEAST_ROWS[build.spec.device]
+        and len(shapes.get(module, ())) > 2
+        and _rows(shapes[module]) >= least_rows
         and module.in_features % 16 == module.out_features % 16 == 0
         and (module not in behind or min(module.weight.shape) >= LEAST_FEATURES_BEHIND_ATTENTION)
     }

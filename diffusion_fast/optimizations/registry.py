@@ -148,7 +148,7 @@ def optimization(
 
 
 def _known(names: Iterable[str]) -> list[Optimization]:
-    """A result may be of another version of this package, and its recipe have names that this one hasn't."""
+    """A result may be of another version of this package, whose names this one hasn't."""
     return [OPTIMIZATIONS[name] for name in names if name in OPTIMIZATIONS]
 
 
@@ -170,5 +170,5 @@ def left_out(names: Iterable[str]) -> set[str]:
 
 
 def same_work(names: Iterable[str]) -> bool:
-    """Whether a recipe of these names does all of the model's work, in whatever way."""
-    return all(each.same_work for each in _known(names))
+    """Whether a recipe of these names does all of the model's work, in whatever way. Of unknown names nobody knows."""
+    return all(name in OPTIMIZATIONS and OPTIMIZATIONS[name].same_work for name in names)
