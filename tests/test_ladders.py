@@ -37,6 +37,8 @@ def cases() -> Iterator[Any]:
             recipes, _ = plan.find_ladder(ladder, CPU, MODELS[model])
             for recipe in recipes:
                 names = plan.plan_recipe(MODELS[model], recipe, CPU)
+                if model == "sana" and "vae_tiling" in names:
+                    continue  # a picture of this size is a single tile
                 if names not in seen:
                     seen.add(names)
                     last = recipe == recipes[-1] and ladder in ("fast", "turbo")
@@ -89,4 +91,6 @@ def test_a_rung_paints_the_models_picture(
     if "tiny_vae" in recipe.optimizations and model != "tiny":
         return  # random weights are another picture's
     off = (found - plain[model]).norm() / plain[model].norm()
-    assert off < (0.25 if same_work(recipe.optimizations) else 0.6), off
+    # A tile of these pictures is a few latents wide, and its group norms know no more than that.
+    limit = 0.4 if "vae_tiling" in recipe.optimizations else 0.25 if same_work(recipe.optimizations) else 0.6
+    assert off < limit, off
