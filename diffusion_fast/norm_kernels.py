@@ -30,6 +30,7 @@ from diffusion_fast.operators import (
     empty_like_images,
     group_norm_nhwc,
     group_norm_quantize_nhwc,
+    is_shifted,
     largest,
 )
 
@@ -421,7 +422,7 @@ def launch_group_norm_quantize_nhwc(
     _group_norm_quantize_kernel[work.grid](
         work.x, affine, reached, q, scale, shift, work.pixels, work.part, CHANNELS=x.shape[1],
         WIDTH=work.constants["WIDTH"], BLOCK=block, SPANS=triton.next_power_of_2(spans), SILU=silu,
-        SHIFTED=silu and dtype == torch.int8, LARGEST=largest(dtype), SMALLEST=SMALLEST_SCALE, **tiles,
+        SHIFTED=is_shifted(silu, dtype), LARGEST=largest(dtype), SMALLEST=SMALLEST_SCALE, **tiles,
     )  # fmt: skip
     return q, scale, shift
 

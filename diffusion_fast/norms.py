@@ -47,7 +47,7 @@ class ImageGroupNorm(torch.nn.Module):
             return made
         given = self.groups, self.weight, self.bias, self.eps, self.silu, convolution.number_format
         q, scale, shift = operators.group_norm_quantize_nhwc(x, *given, self.x_bias, embedding)
-        shifted = self.silu and not q.is_floating_point()  # else it is 0
+        shifted = operators.is_shifted(self.silu, convolution.number_format)  # else a product more would add nothing
         return convolution.convolve(q, scale, x.dtype, shift if shifted else None)
 
 

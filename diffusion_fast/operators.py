@@ -458,6 +458,11 @@ def _(
 SILU_LEAST_AT, SILU_LEAST = -1.2784645, -0.27846455  # where SiLU is least, and what it is there
 
 
+def is_shifted(silu: bool, dtype: torch.dtype) -> bool:
+    """Whether `group_norm_quantize_nhwc` counts an image's numbers from the middle of their range, and not from 0."""
+    return silu and dtype == torch.int8
+
+
 @torch.library.custom_op("diffusion_fast::group_norm_quantize_nhwc", mutates_args=(), device_types="cpu")
 def group_norm_quantize_nhwc(
     x: torch.Tensor,
@@ -486,7 +491,7 @@ def group_norm_quantize_nhwc(
     low, high = made.amin((1, 2, 3), keepdim=True), made.amax((1, 2, 3), keepdim=True)
     if silu:
         low = torch.where(least < SILU_LEAST_AT, SILU_LEAST, low)
-    shift = (low + high) / 2 if silu and dtype == torch.int8 else torch.zeros_like(low)
+    shift = (low + high) / 2 if is_shifted(silu, dtype) else torch.zeros_like(low)
     made, scale = quantized(made - shift, torch.maximum(high - shift, shift - low), dtype)
     q, _ = empty_images(x, dtype)
     return q.copy_(made), scale.flatten(), shift.flatten()

@@ -20,10 +20,7 @@ CPU = plan.Device("cpu", "CPU")
 H100 = plan.Device("cuda", "NVIDIA H100", (9, 0))
 
 # Files that take longest, the longest first. They begin, so that no process is left alone with one of them at the end.
-LONGEST = (
-    *("test_ladders.py", "test_ahead.py", "test_transformers.py", "test_models.py", "test_end_to_end.py"),
-    "test_judge.py",
-)
+LONGEST = [f"test_{name}.py" for name in ("ladders", "ahead", "transformers", "models", "end_to_end", "judge")]
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks for the groups

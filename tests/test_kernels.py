@@ -427,7 +427,7 @@ def test_convolutions_are_those_of_the_quantized_numbers(case: tuple[int, ...], 
 def test_a_shifted_image_is_shifted_within_its_edges(case: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     images, channels, columns, height, width, kernel, stride, padding = case
     (candidate,) = kernels._convolution_kernel.configs
-    monkeypatch.setitem(candidate.kwargs, "SECOND", 16)  # pixels of a tile: the last case has tiles without an edge
+    monkeypatch.setitem(candidate.kwargs, "SECOND", 16)  # pixels of a tile: one case has tiles without an edge
     x = torch.randn(images, channels, height, width, generator=seeded(0)).clamp(min=-0.3)
     shift = torch.linspace(-1, 3, images)
     w = torch.randn(columns, channels, kernel, kernel, generator=seeded(1))
