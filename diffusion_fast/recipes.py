@@ -55,6 +55,8 @@ CONTROLS = tuple(
     replace(PLAIN, name=f"plain-{round(100 * share)}", steps_share=share)
     for share in (0.8, 0.67, 0.5, 0.4, 0.33, 0.27, 0.2)
 )
+FORECAST = PLAIN.plus("feature-forecast", "feature_forecast")
+FORECAST_8_BITS = FORECAST.plus("forecast-8-bits", "fp8_rows", "int8_convolutions")
 
 # For a GPU with little memory: each by itself, and two together. Eager, for layerwise casting can't be compiled;
 # vae_slicing has a use for batches alone.
@@ -83,10 +85,12 @@ LADDERS: dict[str, tuple[Recipe, ...]] = {
         PLAIN.plus("guidance-cutoff", "guidance_cutoff"),
         PLAIN.plus("tiny-vae", "tiny_vae"),
         PLAIN.plus("feature-reuse", "feature_reuse"),
-        PLAIN.plus("feature-forecast", "feature_forecast"),
-        PLAIN.plus("cutoff-and-forecast", "guidance_cutoff", "feature_forecast"),
-        PLAIN.plus("all", "guidance_cutoff", "feature_forecast", "tiny_vae"),
-        PLAIN.plus("all-fp8", "guidance_cutoff", "feature_forecast", "tiny_vae", "fp8_rows"),
+        FORECAST,
+        FORECAST.plus("cutoff-and-forecast", "guidance_cutoff"),
+        FORECAST.plus("all", "guidance_cutoff", "tiny_vae"),
+        FORECAST_8_BITS,
+        FORECAST_8_BITS.plus("cutoff-and-forecast-8-bits", "guidance_cutoff"),
+        FORECAST_8_BITS.plus("all-8-bits", "guidance_cutoff", "tiny_vae"),
     ),
     "memory": (EAGER, *SMALLER),
     "cpu": (SDPA, COMPILE, FUSED_QKV),  # its three experiments on a CPU

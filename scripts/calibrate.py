@@ -146,11 +146,11 @@ def cheap(folder: str, slower: str) -> None:
             matrix @ matrix
         waste(float(slower) * (time.perf_counter() - begin))
 
+    spec = RunSpec.from_dict(spool.read_json(Path(folder) / spool.SPEC))
     measuring.MIN_SECONDS = 0.2
     warmup_s, warmed_up = measuring.warm_up(call, "cpu")
-    samples_s, _ = measuring.samples(call, "cpu")
+    samples_s, _ = measuring.samples(call, "cpu", spec.planned_rounds)
     median, low, high = measuring.quantiles(samples_s)
-    spec = RunSpec.from_dict(spool.read_json(Path(folder) / spool.SPEC))
     result = Result(
         spec=spec,
         finished_at="",
