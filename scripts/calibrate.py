@@ -5,7 +5,8 @@
 
 A comparison is a whole ladder `aa`, measured, aggregated and judged by the code that users run, with its rounds, its
 spool and a new process for every measurement. Only what the processes measure is exchanged, or slowed down. Every
-comparison is a line of a .jsonl file in the output folder; started again, it makes those that are missing.
+comparison is a line of a .jsonl file in the output folder; started again, it makes those that are missing, and judges
+all of them anew by their rounds: `--comparisons 0` does nothing else.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from diffusion_fast import console, plan, report, spool
+from diffusion_fast import console, plan, report, spool, stats
 from diffusion_fast import ladder as climbing
 from diffusion_fast.spec import Outcome, Result, RunSpec
 
@@ -66,7 +68,7 @@ def main() -> None:
             for line in pool.map(take, jobs):
                 lines.write(line)
                 lines.flush()
-        print(summary(file), flush=True)
+        print(summary(file, rounds.planned), flush=True)
 
 
 def alone(command: tuple[str, ...]) -> str:
@@ -79,17 +81,29 @@ def pinned(cores: dict[int, int], command: tuple[str, ...]) -> str:
     return alone(("taskset", "-c", str(core), *command))
 
 
-def summary(file: Path) -> str:
+def verdicts(file: Path, planned: int) -> list[stats.Ratio]:
+    """What today's statistics say of a file's comparisons, each of so many planned rounds or more."""
+    found = []
+    for line in file.read_text().splitlines():
+        pairs = zip(*json.loads(line)["medians_s"].values(), strict=True)
+        logs = {number: math.log(first / second) for number, (first, second) in enumerate(pairs, 1)}
+        found.append(stats.mean_ratio(logs, planned))
+    return found
+
+
+def summary(file: Path, planned: int) -> str:
     """How many of a file's comparisons saw a difference, and what share of all that would be."""
     from scipy.stats import binomtest
 
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    seen = sum(line["low"] > 1 or line["high"] < 1 for line in lines)
-    low, high = binomtest(seen, len(lines)).proportion_ci()
-    rounds = sorted(line["rounds"] for line in lines)
-    width = sorted(line["high"] / line["ratio"] - 1 for line in lines)
+    found = verdicts(file, planned)
+    if not found:
+        return f"{file.stem}: no comparison yet"
+    seen = sum(each.seen is True for each in found)
+    low, high = binomtest(seen, len(found)).proportion_ci()
+    rounds = sorted(each.rounds for each in found)
+    width = sorted((each.high or math.inf) / each.ratio - 1 for each in found)
     return (
-        f"{file.stem}: a difference was seen in {seen} of {len(lines)} ({low:.1%} to {high:.1%}); "
+        f"{file.stem}: a difference was seen in {seen} of {len(found)} ({low:.1%} to {high:.1%}); "
         f"rounds {rounds[0]} to {rounds[-1]}, median {rounds[len(rounds) // 2]}; "
         f"the interval reaches ±{width[len(width) // 2]:.1%} (median)"
     )
