@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,3 +148,25 @@ def store(database: Path, tmp_path: Path, nowhere_else: None) -> str:
     """The URI of an empty store in the test's own folder, where runs go unless told otherwise."""
     shutil.copy(database, tmp_path)
     return f"sqlite:///{tmp_path / database.name}"
+
+
+@pytest.fixture
+def by_eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """Graphs are captured as ever, and run as they are: Inductor takes minutes. What torch.compile was asked for."""
+    import torch
+
+    compile_by_torch = torch.compile
+    asked: list[dict[str, Any]] = []
+
+    def compile_by_eager(function: Any, **chosen: Any) -> Any:
+        asked.append(dict(chosen))
+        chosen.pop("options")
+        return compile_by_torch(function, backend="eager", **chosen)
+
+    monkeypatch.setattr(torch, "compile", compile_by_eager)  # which Module.compile calls, too
+    torch._dynamo.utils.counters.clear()
+    # Optimizations raise them for the whole process; they are put back here.
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
+        yield asked
+    torch._dynamo.utils.counters.clear()
+    torch.compiler.reset()

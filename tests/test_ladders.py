@@ -52,19 +52,9 @@ def plain() -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture(autouse=True)
-def traced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Graphs are captured as ever, and run as they are: Inductor takes minutes."""
-    compile_by_torch = torch.compile
-
-    def compile_by_eager(function: Any, **chosen: Any) -> Any:
-        chosen.pop("options")
-        return compile_by_torch(function, backend="eager", **chosen)
-
-    monkeypatch.setattr(torch, "compile", compile_by_eager)  # which Module.compile calls, too
-    torch._dynamo.utils.counters.clear()
+def room_for_graphs(by_eager: list[dict[str, Any]]) -> Iterator[None]:
     with torch._dynamo.config.patch(recompile_limit=512, accumulated_recompile_limit=512):
         yield
-    torch.compiler.reset()
 
 
 @pytest.mark.parametrize(("model", "recipe"), cases())

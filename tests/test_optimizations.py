@@ -290,42 +290,27 @@ def test_the_byte_tokenizer_reads_any_text_and_ends_with_its_highest_id() -> Non
     assert 49407 not in ids[1:10]
 
 
-@pytest.fixture
-def by_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are captured as ever, and run as they are: Inductor takes minutes, and knows nothing of shapes."""
-    compile_by_torch = torch.compile
-
-    def compile_by_eager(function: Any, **chosen: Any) -> Any:
-        assert chosen.pop("options") == {}
-        return compile_by_torch(function, backend="eager", **chosen)
-
-    monkeypatch.setattr(torch, "compile", compile_by_eager)  # which Module.compile calls, too
-
-
 @pytest.mark.parametrize("name", [pytest.param("compile", marks=pytest.mark.full), "regional_compile"])
-def test_a_shape_that_comes_again_is_not_compiled_again(by_eager: None, name: str) -> None:
+def test_a_shape_that_comes_again_is_not_compiled_again(by_eager: list[dict[str, Any]], name: str) -> None:
     """Shapes in turn in one process, as a server gets them. The points of a sweep have a process each."""
-    with torch._dynamo.config.patch(recompile_limit=compilation.MOST_GRAPHS):
-        made, _ = build(name, height=96, width=96)
+    made, _ = build(name, height=96, width=96)
 
-        def graphs(**changes: int) -> float:
-            with Watch("cpu") as watch:
-                call(replace(made, spec=replace(made.spec, **changes)))
-            return float(watch.account(1)["recompilations"])
+    def graphs(**changes: int) -> float:
+        with Watch("cpu") as watch:
+            call(replace(made, spec=replace(made.spec, **changes)))
+        return float(watch.account(1)["recompilations"])
 
-        assert graphs() > 0
-        graphs(batch_size=2, height=64, width=64)
-        assert [graphs(), graphs(batch_size=2, height=64, width=64)] == [0, 0]
+    assert graphs() > 0
+    graphs(batch_size=2, height=64, width=64)
+    assert [graphs(), graphs(batch_size=2, height=64, width=64)] == [0, 0]
+    assert all(chosen["options"] == {} for chosen in by_eager)
 
 
-def test_blocks_of_one_shape_share_a_graph(by_eager: None, plain_image: bytes) -> None:
-    torch._dynamo.utils.counters.clear()
-    # They are raised for the whole process, and put back here.
-    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):
-        made, applied = build("regional_compile")
-        assert torch._dynamo.config.recompile_limit == compilation.MOST_GRAPHS
-        assert torch._dynamo.config.accumulated_recompile_limit == compilation.MOST_GRAPHS
-        assert call(made)[0].tobytes() == plain_image
+def test_blocks_of_one_shape_share_a_graph(by_eager: list[dict[str, Any]], plain_image: bytes) -> None:
+    made, applied = build("regional_compile")
+    assert torch._dynamo.config.recompile_limit == compilation.MOST_GRAPHS
+    assert torch._dynamo.config.accumulated_recompile_limit == compilation.MOST_GRAPHS
+    assert call(made)[0].tobytes() == plain_image
     regions = applied["regional_compile"]["regions"]
     norms = regions.pop("GroupNorm")  # those outside of the blocks: one a transformer, and the last
     blocks = [module for module in made.pipe.unet.modules() if type(module).__name__ in regions]
@@ -336,7 +321,6 @@ def test_blocks_of_one_shape_share_a_graph(by_eager: None, plain_image: bytes) -
     found = made.proofs["regional_compile"]()
     assert 6 <= found["graphs"] < sum(regions.values()) + norms
     assert found["graph_breaks"] == 0
-    torch._dynamo.utils.counters.clear()
 
 
 def test_a_denoiser_without_known_blocks_is_refused() -> None:
