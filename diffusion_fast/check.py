@@ -101,7 +101,8 @@ def _text(row: Row, name: str) -> str:
 def _recipe(row: Row) -> tuple[str, str]:
     """Its name, and what it consists of."""
     mode = f", {row['compile_mode']}" if row.get("compile_mode") else ""
-    return row["recipe"], f"{row['optimizations']}{mode}"
+    kept = f", without {row['kept_layers']}" if row.get("kept_layers") else ""
+    return row["recipe"], f"{row['optimizations']}{mode}{kept}"
 
 
 def _name(row: Row) -> tuple[Any, ...]:
@@ -115,22 +116,31 @@ def _finished(rows: Sequence[Row]) -> list[Row]:
 
 
 def _paired(baseline: list[Row], candidate: list[Row]) -> tuple[stats.Ratio, str] | None:
-    """The ratio within rounds that both sides have, if these are at least two; of several ladders, a ratio each."""
+    """The ratio within rounds that both sides have, if these are at least two; of several ladders, a ratio each.
+
+    Ladders that broke off before their planned rounds are left out where there are others.
+    """
     theirs = {(row["ladder_id"], row["round"]): row for row in baseline}
     both = [(row, theirs[key]) for row in candidate if (key := (row["ladder_id"], row["round"])) in theirs]
     if len(both) < 2:
         return None
     ladders: dict[str, dict[int, float]] = {}
+    told: dict[str, list[int]] = {}
     for row, other in both:
         log = math.log(row["latency_median_s"] / other["latency_median_s"])
         ladders.setdefault(row["ladder_id"], {})[row["round"]] = log
-    if len(ladders) == 1:
-        (rounds,) = ladders.values()
-        planned = stats.planned_rounds(row["planned_rounds"] for row, _ in both)
-        return stats.mean_ratio(rounds, planned), f"{len(both)} rounds that both have"
+        told.setdefault(row["ladder_id"], []).append(row["planned_rounds"])
+    planned = {ladder: stats.planned_rounds(counts) for ladder, counts in told.items()}
+    whole = {ladder: rounds for ladder, rounds in ladders.items() if len(rounds) >= planned[ladder]}
+    if len(whole) < 2 and not any(len(rounds) > 1 for rounds in whole.values()):
+        whole = ladders
+    left = f", without {len(ladders) - len(whole)} that broke off" if len(whole) < len(ladders) else ""
+    if len(whole) == 1:
+        ((ladder, rounds),) = whole.items()
+        return stats.mean_ratio(rounds, planned[ladder]), f"{len(rounds)} rounds that both have{left}"
     # What differs from ladder to ladder, all rounds of a ladder share.
-    means = {number: statistics.fmean(each.values()) for number, each in enumerate(ladders.values(), 1)}
-    return stats.mean_ratio(means, len(means)), f"{len(means)} ladders that both are in"
+    means = {number: statistics.fmean(each.values()) for number, each in enumerate(whole.values(), 1)}
+    return stats.mean_ratio(means, len(means)), f"{len(means)} ladders that both are in{left}"
 
 
 def _unpaired(baseline: list[Row], candidate: list[Row], aa: list[Row]) -> tuple[stats.Ratio, str]:

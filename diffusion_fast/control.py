@@ -1,4 +1,4 @@
-"""Does an approximation earn its place? Its control is the plain recipe with fewer steps, at no less latency."""
+"""Does an approximation earn its place? Its control is the same recipe without it and with fewer steps, no faster."""
 
 from __future__ import annotations
 
@@ -23,26 +23,24 @@ class Verdict:
 
 
 def verdicts(rows: Sequence[dict[str, Any]]) -> list[Verdict]:
-    """One for each approximation in a ladder's rows, if the ladder has its first recipe with fewer steps, too.
+    """One for each approximation in a ladder's rows, if the ladder has what is left without it with fewer steps, too.
 
-    An approximation is compared with the fastest control that isn't faster than itself.
+    An approximation is compared with the fastest control that isn't faster than itself. What else its recipe has, such
+    as eight bits, its controls have, too.
     """
     ordered = sorted(rows, key=lambda row: str(row["rung"]))
     if not ordered or ordered[0]["status"] != "FINISHED" or ordered[0].get("weights") == "random":
         return []  # what random weights paint says nothing of a picture
-    plain, measured = ordered[0], [row for row in ordered if row["status"] == "FINISHED"]
-    controls = [
-        row
-        for row in measured
-        if row.get("optimizations", "") == plain.get("optimizations", "") and row["steps"] <= plain["steps"]
-    ]
-    if len(controls) < 2:
-        return []
+    measured = [row for row in ordered if row["status"] == "FINISHED"]
     found = []
     for row in measured:
-        if not same_work(_names(row)):
-            slower = [each for each in controls if each["latency_median_s"] >= row["latency_median_s"]]
-            found.append(_against(row, min(slower, key=_latency)) if slower else _slowest(row, plain))
+        exact = [name for name in _names(row) if same_work((name,))]
+        controls = [each for each in measured if _names(each) == exact and each["steps"] <= row["steps"]]
+        if exact != _names(row) and len(controls) > 1:
+            slower = [each for each in controls if _latency(each) >= _latency(row)]
+            found.append(
+                _against(row, min(slower, key=_latency)) if slower else _slowest(row, max(controls, key=_latency))
+            )
     return found
 
 

@@ -120,7 +120,8 @@ def _eager_in(build: Build, formats: set[str]) -> Iterator[str]:
 def compare(spec: RunSpec, outputs: list[Any], steps: list[Step]) -> dict[str, Any]:
     """Relative L2 errors at each step: of the outputs, of the floor, and of the outputs against the floor.
 
-    `ok`: no error is more than ALLOWED times its floor. A recipe that says it is lossy isn't judged (None).
+    `of_allowed`: the largest, as a multiple of what a lossless recipe may have at that step, ALLOWED times the floor.
+    `ok`: that is at most 1. A recipe that says it is lossy isn't judged (None).
     """
     error, floor, to_eager = [], [], []
     for output, step in zip(outputs, steps, strict=True):
@@ -133,13 +134,14 @@ def compare(spec: RunSpec, outputs: list[Any], steps: list[Step]) -> dict[str, A
         floor.append(distance(eager, reference))
         to_eager.append(distance(output, eager))
     lossless = all(OPTIMIZATIONS[name].lossless for name in spec.optimizations)
-    within = all(each <= max(ALLOWED * least, ROUNDING) for each, least in zip(error, floor, strict=True))
+    of_allowed = max(each / max(ALLOWED * least, ROUNDING) for each, least in zip(error, floor, strict=True))
     return {
         "steps": [step["index"] for step in steps],
         "error": error,
         "floor": floor,
         "to_eager": to_eager,
-        "ok": within if lossless else None,
+        "of_allowed": of_allowed,
+        "ok": of_allowed <= 1 if lossless else None,
     }
 
 

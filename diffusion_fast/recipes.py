@@ -51,10 +51,13 @@ CONVOLUTIONS = FP8.plus("convolutions", "int8_convolutions")
 
 # Less work for nearly the same picture, and beside it the plain recipe with fewer steps: its control.
 PLAIN = replace(LOSSLESS, name="plain")
-CONTROLS = tuple(
-    replace(PLAIN, name=f"plain-{round(100 * share)}", steps_share=share)
-    for share in (0.8, 0.67, 0.5, 0.4, 0.33, 0.27, 0.2)
-)
+EIGHT_BITS = replace(CONVOLUTIONS, name="8-bits")
+
+
+def controls(recipe: Recipe, *shares: float) -> tuple[Recipe, ...]:
+    return tuple(replace(recipe, name=f"{recipe.name}-{round(100 * each)}", steps_share=each) for each in shares)
+
+
 FORECAST = PLAIN.plus("feature-forecast", "feature_forecast")
 FORECAST_8_BITS = FORECAST.plus("forecast-8-bits", "fp8_rows", "int8_convolutions")
 
@@ -81,13 +84,15 @@ LADDERS: dict[str, tuple[Recipe, ...]] = {
     ),
     "turbo": (
         PLAIN,
-        *CONTROLS,
+        *controls(PLAIN, 0.8, 0.67, 0.5, 0.4, 0.33, 0.27, 0.2),
         PLAIN.plus("guidance-cutoff", "guidance_cutoff"),
         PLAIN.plus("tiny-vae", "tiny_vae"),
         PLAIN.plus("feature-reuse", "feature_reuse"),
         FORECAST,
         FORECAST.plus("cutoff-and-forecast", "guidance_cutoff"),
         FORECAST.plus("all", "guidance_cutoff", "tiny_vae"),
+        EIGHT_BITS,
+        *controls(EIGHT_BITS, 0.67, 0.5, 0.4),
         FORECAST_8_BITS,
         FORECAST_8_BITS.plus("cutoff-and-forecast-8-bits", "guidance_cutoff"),
         FORECAST_8_BITS.plus("all-8-bits", "guidance_cutoff", "tiny_vae"),

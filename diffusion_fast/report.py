@@ -43,6 +43,8 @@ COSTS = (
     ("weights_gib", "weights GiB", "{:.2g}"),
     ("peak_reserved_gib", "reserved GiB", "{:.2f}"),
     ("process_gib", "process GiB", "{:.2f}"),
+    ("first_image_s", "first image s", "{:.1f}"),
+    ("first_image_warm_s", "warm s", "{:.1f}"),
     ("energy_per_image_j", "J an image", "{:.0f}"),
     ("mfu", "MFU", "{:.1%}"),
     ("floor_percent", "floor", "{:.0f}%"),
@@ -52,9 +54,11 @@ COSTS = (
     ("psnr_eager_db", "PSNR to eager", "{:.1f}"),
     ("clip_score", "CLIP", "{:.1f}"),
 )
+OF_EVERY_RUNG = ("rung", "first_image_s", "first_image_warm_s")  # these alone make no second table
 NAMES = ("rung", "height", "batch_size")  # of a row, also of one that failed: the first columns of a table
 MILLISECONDS = ("denoising_step_s", "vae_decode_s")
-WORST = ("others_cpu_share", "recompilations", "cuda_graph_captures", "gpu_processes")  # of the rounds, not the median
+# Of the rounds the largest, not the median.
+WORST = ("others_cpu_share", "recompilations", "cuda_graph_captures", "gpu_processes", "one_step_of_allowed_max")
 NO_DIFFERENCE = "no difference seen"
 
 
@@ -88,16 +92,17 @@ def summarize(frame: pd.DataFrame, across: bool = False) -> pd.DataFrame:
     by_rung: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(records(frame), key=lambda row: (row["rung"], row["round"])):
         by_rung.setdefault(row["rung"], []).append(row)
-    return pd.DataFrame([_one_row(each, ratios.get(rung, {})) for rung, each in by_rung.items()])
+    return pd.DataFrame([_one_row(each, ratios.get(rung, {}), across) for rung, each in by_rung.items()])
 
 
-def _one_row(rounds: list[dict[str, Any]], ratios: dict[int, float]) -> dict[str, Any]:
+def _one_row(rounds: list[dict[str, Any]], ratios: dict[int, float], across: bool) -> dict[str, Any]:
     """A rung's rounds, in their order, as one row."""
     measured = [row for row in rounds if row["status"] == "FINISHED"]
     if len(rounds) == 1 or not measured:
         return rounds[-1]
     found = measured[0] | {"rounds": len(measured), "failed_rounds": len(rounds) - len(measured)}
-    settings = (*rows.INTEGERS, *rows.FLOATS, *rows.FLAGS, "first_call_s", "first_call_cold_s")
+    of_first_round = [f"first_{what}{state}_s" for what in ("call", "image") for state in ("", "_cold")]
+    settings = (*rows.INTEGERS, *rows.FLOATS, *rows.FLAGS, *of_first_round)
     for name in {name for row in measured for name, value in row.items() if isinstance(value, (int, float))}:
         values = [row[name] for row in measured if name in row]
         if name not in settings:
@@ -109,16 +114,20 @@ def _one_row(rounds: list[dict[str, Any]], ratios: dict[int, float]) -> dict[str
             found[name] = all(row[name] for row in measured if name in row)
     problems = [row["problem"] for row in measured if row.get("problem")]
     if len({row["environment_hash"] for row in measured if row.get("environment_hash")}) > 1:
-        problems.append("its rounds are of different machines or versions")
+        problems.append("its rounds are of different machines or versions" + ("" if across else ": no speed-up"))
+        ratios = ratios if across else {}
     if ratios and len(ratios) < len(measured):
         problems.append(f"only {len(ratios)} of its {len(measured)} rounds have a first rung to compare with")
     found["problem"] = "; ".join(dict.fromkeys(problems))
     if ratios:
         judged = stats.mean_ratio(ratios, stats.planned_rounds(row["planned_rounds"] for row in rounds))
-        found |= {"speedup": judged.ratio, "speedup_base": next(row["speedup_base"] for row in measured)}
+        found["speedup"] = judged.ratio
+        found["speedup_base"] = next(row["speedup_base"] for row in measured if row.get("speedup_base"))
         if judged.low is not None:
             found |= {"speedup_low": judged.low, "speedup_high": judged.high}
-    return found
+    else:
+        found.pop("speedup", None)
+    return found | {"warnings": "; ".join(rows.warnings(found))}
 
 
 def refused(frame: pd.DataFrame) -> list[str]:
@@ -245,7 +254,7 @@ def tables(frame: pd.DataFrame) -> list[Columns]:
 
     speed = [each for each in COLUMNS if each[0] not in OPTIONAL or known(each[0])]
     costs = [each for each in COSTS if known(each[0])]
-    return [speed, costs] if len(costs) > 1 else [speed]
+    return [speed, costs] if any(name not in OF_EVERY_RUNG for name, *_ in costs) else [speed]
 
 
 def cells(row: dict[str, Any], columns: Columns) -> list[str]:
@@ -311,7 +320,9 @@ def _base(frame: pd.DataFrame) -> str:
 
 
 def _intervals(frame: pd.DataFrame) -> str:
-    return ", within rounds, with 95% intervals" if "speedup_low" in frame else ""
+    if "speedup_low" in frame:
+        return ", within rounds, with 95% intervals"
+    return ", of one process a rung: without intervals" if "speedup" in frame else ""
 
 
 def warnings(frame: pd.DataFrame) -> list[str]:

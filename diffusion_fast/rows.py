@@ -50,6 +50,7 @@ METRICS = (
     "one_step_error_max",
     "one_step_floor_max",
     "one_step_to_eager_max",
+    "one_step_of_allowed_max",
     "prompt_accuracy",
     "prompt_accuracy_low",
     "prompt_accuracy_high",
@@ -58,6 +59,7 @@ METRICS = (
     "load_s",
     "import_s",
     "first_call_s",
+    "first_image_s",
 )
 OTHERS = 0.1  # of all cores: what a tenth of a CPU did beside the measurement is worth a warning
 # What must be the same for two latencies to make a ratio: not the host's name, not which of its GPUs.
@@ -100,6 +102,8 @@ def metrics(outcome: Outcome, base: Result | None) -> dict[str, float]:
     """What was measured. `speedup` is against `base`, the ladder's first rung in the same round."""
     if isinstance(outcome, Failure):
         return {"elapsed_s": outcome.elapsed_s}
+    accounts = (each for each in outcome.applied.values() if isinstance(each, dict))
+    calibration_s = sum(each.get("calibration_s", 0.0) for each in accounts)
     found = {
         "latency_median_s": outcome.latency_median_s,
         "latency_p10_s": outcome.latency_p10_s,
@@ -109,7 +113,9 @@ def metrics(outcome: Outcome, base: Result | None) -> dict[str, float]:
         "timed_calls": float(len(outcome.samples_s)),
         "import_s": outcome.import_s,
         "load_s": outcome.load_s,
+        "calibration_s": calibration_s,
         "first_call_s": outcome.first_call_s,
+        "first_image_s": outcome.import_s + outcome.load_s + calibration_s + outcome.first_call_s,
         "warmup_calls": float(len(outcome.warmup_s)),
         **outcome.phases,
         **outcome.memory,
@@ -119,7 +125,8 @@ def metrics(outcome: Outcome, base: Result | None) -> dict[str, float]:
         "peak_memory_gib": outcome.peak_memory_gib,
     }
     if outcome.cache_state != "none":
-        found[f"first_call_{outcome.cache_state}_s"] = outcome.first_call_s
+        for name in ("first_call", "first_image"):
+            found[f"{name}_{outcome.cache_state}_s"] = found[f"{name}_s"]
     if base is not None:
         found["speedup"] = round(base.latency_median_s / outcome.latency_median_s, 3)
     for name in FIDELITY:
@@ -127,6 +134,8 @@ def metrics(outcome: Outcome, base: Result | None) -> dict[str, float]:
             found[name] = value
     if outcome.one_step:
         found |= {f"one_step_{name}_max": max(outcome.one_step[name]) for name in ONE_STEP}
+        if "of_allowed" in outcome.one_step:
+            found["one_step_of_allowed_max"] = outcome.one_step["of_allowed"]
     if outcome.accuracy:
         found |= {
             "prompt_accuracy": outcome.accuracy["accuracy"],
@@ -244,8 +253,9 @@ def warnings(row: dict[str, Any]) -> list[str]:
     for part in left_out(_names(row)):
         found.append(f"{rung} repeats one prompt, and what was measured is without {part.replace('_', ' ')}")
     if row.get("fidelity_ok") is False:
-        error, floor = row["one_step_error_max"], row["one_step_floor_max"]
-        found.append(f"{rung} loses more than rounding: a step's error is {error:.1e}, eager's is {floor:.1e}")
+        share = row.get("one_step_of_allowed_max")  # measurements from before it was kept have none
+        times = f": at a step {share:.2f} times what is allowed" if share else ""
+        found.append(f"{rung} loses more than rounding{times}")
     if row.get("problem"):
         found.append(f"{rung}: {row['problem']}")
     return found

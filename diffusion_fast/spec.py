@@ -246,7 +246,7 @@ class Failure(_Json):
 
     spec: RunSpec
     finished_at: str
-    reason: Literal["exception", "out_of_memory", "killed", "timeout"]
+    reason: Literal["exception", "out_of_memory", "broken_image", "killed", "timeout"]
     message: str
     stage: str  # what the worker was doing
     elapsed_s: float

@@ -53,7 +53,7 @@ def main(folder: Path) -> int:
         failure = Failure(
             spec=spec,
             finished_at=_now(),
-            reason="out_of_memory" if _is_out_of_memory(error) else "exception",
+            reason=_reason(error),
             message=f"{type(error).__name__}: {str(error).strip() or 'no message'}",
             stage=progress.stage,
             elapsed_s=process_age_s(),
@@ -431,9 +431,11 @@ def _environment(spec: RunSpec, folder: Path) -> dict[str, Any]:
     return facts
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _reason(error: Exception) -> Literal["exception", "out_of_memory", "broken_image"]:
     torch = sys.modules.get("torch")
-    return isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return "out_of_memory"
+    return "broken_image" if isinstance(error, BrokenImageError) else "exception"
 
 
 def process_age_s() -> float:

@@ -81,7 +81,7 @@ def pinned(cores: dict[int, int], command: tuple[str, ...]) -> str:
     return alone(("taskset", "-c", str(core), *command))
 
 
-def verdicts(file: Path, planned: int) -> list[stats.Ratio]:
+def judged(file: Path, planned: int) -> list[stats.Ratio]:
     """What today's statistics say of a file's comparisons, each of so many planned rounds or more."""
     found = []
     for line in file.read_text().splitlines():
@@ -95,13 +95,13 @@ def summary(file: Path, planned: int) -> str:
     """How many of a file's comparisons saw a difference, and what share of all that would be."""
     from scipy.stats import binomtest
 
-    found = verdicts(file, planned)
+    found = judged(file, planned)
     if not found:
         return f"{file.stem}: no comparison yet"
     seen = sum(each.seen is True for each in found)
     low, high = binomtest(seen, len(found)).proportion_ci()
     rounds = sorted(each.rounds for each in found)
-    width = sorted((each.high or math.inf) / each.ratio - 1 for each in found)
+    width = sorted(each.high / each.ratio - 1 for each in found if each.high is not None)
     return (
         f"{file.stem}: a difference was seen in {seen} of {len(found)} ({low:.1%} to {high:.1%}); "
         f"rounds {rounds[0]} to {rounds[-1]}, median {rounds[len(rounds) // 2]}; "

@@ -26,6 +26,6 @@ def calibrate() -> Any:
 )
 def test_two_hundred_recorded_comparisons(calibrate: Any, case: str, fewest: float, most: float) -> None:
     planned = {name: rounds.planned for name, _, rounds in calibrate.CASES["cheap"]}[case]
-    found = calibrate.verdicts(RECORD / f"cheap-{case}.jsonl", planned)
+    found = calibrate.judged(RECORD / f"cheap-{case}.jsonl", planned)
     assert len(found) == 200
-    assert fewest <= sum(each.seen for each in found) / 200 <= most
+    assert fewest <= sum(each.seen is True for each in found) / 200 <= most

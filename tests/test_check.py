@@ -181,6 +181,28 @@ def test_of_several_ladders_each_is_one_ratio_whatever_its_rounds() -> None:
     assert (verdict.outcome, "2 ladders that both are in" in verdict.sentence) == ("unknown", True)
 
 
+def test_a_ladder_that_broke_off_is_left_out() -> None:
+    rounds = [1.0, 1.001, 0.999]
+    base = [*measured("base", rounds, "whole"), *measured("base", [1.0], "broken", planned_rounds=3)]
+    new = [
+        *measured("new", [1.05 * each for each in rounds], "whole"),
+        *measured("new", [1.03], "broken", planned_rounds=3),
+    ]
+    verdict = check(base, new, [], 0.03)
+    assert verdict.outcome == "slower"
+    assert "3 rounds that both have, without 1 that broke off" in verdict.sentence
+    # Where no ladder is whole, or has an interval of its own, each still is one ratio.
+    fragments = [measured(recipe, [1.0], name, planned_rounds=3) for recipe in ("base", "new") for name in "ab"]
+    verdict = check([*fragments[0], *fragments[1]], [*fragments[2], *fragments[3]], [], 0.03)
+    assert "2 ladders that both are in" in verdict.sentence
+
+
+def test_layers_that_were_kept_make_another_recipe() -> None:
+    base = [*measured("base", [1.0, 1.0], "one"), *measured("base", [1.1, 1.1], "two", kept_layers="a,b")]
+    with pytest.raises(ValueError, match=r"must match one recipe, and matches 2: .*without a,b"):
+        check(base, measured("new", [1.0, 1.0]), [], 0.03)
+
+
 def test_runs_from_before_there_were_flags_are_like_those_without() -> None:
     verdict = check(measured("base", [1.0, 1.0]), measured("new", [1.1, 1.1], flags=""), [], 0.03)
     assert verdict.outcome == "slower"

@@ -78,3 +78,15 @@ def test_a_ladder_without_controls_or_without_approximations_says_nothing() -> N
     assert verdicts([]) == []
     failed = {"rung": "03-a", "status": "FAILED", "optimizations": REUSE, "steps": 30}
     assert verdicts([PLAIN, *CONTROLS, failed]) == []
+
+
+def test_what_has_eight_bits_is_compared_with_fewer_steps_in_eight_bits() -> None:
+    eight = "bf16,sdpa,int8_rows"
+    rows = [
+        *(PLAIN, *CONTROLS, row("03-8-bits", 0.8, names=eight)),
+        row("04-8-bits-50", 0.45, 15, eight, psnr_db=36.0),
+        row("05-a", 0.4, names=f"{eight},feature_reuse", psnr_db=35.5),
+    ]
+    (found,) = verdicts(rows)
+    assert (found.rung, found.control, found.earned) == ("05-a", "04-8-bits-50", False)
+    assert verdicts([each for each in rows if each["rung"] != "04-8-bits-50"]) == []  # nothing to compare it with

@@ -97,9 +97,10 @@ def test_running_out_of_memory_is_its_own_reason() -> None:
 
     from diffusion_fast import worker
 
-    assert worker._is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
-    assert worker._is_out_of_memory(MemoryError())
-    assert not worker._is_out_of_memory(RuntimeError("memory"))
+    assert worker._reason(torch.OutOfMemoryError("CUDA out of memory")) == "out_of_memory"
+    assert worker._reason(MemoryError()) == "out_of_memory"
+    assert worker._reason(RuntimeError("memory")) == "exception"
+    assert worker._reason(worker.BrokenImageError("black")) == "broken_image"
 
 
 def test_caches_are_a_rungs_own_unless_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -125,6 +125,7 @@ def test_over_rounds_a_speed_up_is_that_within_rounds_and_has_an_interval(tmp_pa
         [math.exp(each) for each in (sum(logs) / 3, low, high)]
     )
     assert list(frame.loc["03-compile"][["first_call_s", "cache_state", "first_call_warm_s"]]) == [9.0, "cold", 4.0]
+    assert list(frame.loc["03-compile"][["first_image_s", "first_image_warm_s"]]) == [13.5, 8.5]  # with 4.5 before it
     text = report.markdown(report.from_spool(folder))
     assert "| 2.02× (1.93–2.12) |" in text
     assert "| 00-baseline | 6.2 | 5.58 | 6.82 | 1.00× |" in text
@@ -210,9 +211,14 @@ def test_rounds_of_different_machines_are_told(tmp_path: Path) -> None:
         for spec in ladder.rungs[:2]:
             environment = {"cpu": f"processor {number}"}
             keep(folder, result(replace(spec, round=number, planned_rounds=2), environment=environment))
-    assert (
-        report.warnings(report.from_spool(folder))[0] == "00-baseline: its rounds are of different machines or versions"
-    )
+    frame = report.from_spool(folder)
+    told = "00-baseline: its rounds are of different machines or versions"
+    assert report.warnings(frame)[0] == f"{told}: no speed-up"
+    assert frame["warnings"][0] == f"{told}: no speed-up"
+    assert "speedup" not in frame
+    across = report.from_spool(folder, across=True)
+    assert report.warnings(across)[0] == told
+    assert across["speedup"].tolist() == [1.0, 1.0]
 
 
 def test_what_went_on_beside_a_measurement_is_told(tmp_path: Path) -> None:
@@ -305,8 +311,8 @@ def test_costs_are_a_table_of_their_own(tmp_path: Path) -> None:
     for spec in ladder.rungs:
         keep(folder, result(spec, memory={"peak_rss_gib": 0.5, "weights_gib": 0.25}, one_step=one_step))
     text = report.markdown(report.from_spool(folder))
-    assert "| rung | weights GiB | step error | eager's | to eager |" in text
-    assert "| 01-compile | 0.25 | 2.0e-02 | 1.9e-02 | 1.0e-02 |" in text
+    assert "| rung | weights GiB | first image s | step error | eager's | to eager |" in text
+    assert "| 01-compile | 0.25 | 13.5 | 2.0e-02 | 1.9e-02 | 1.0e-02 |" in text
 
 
 def test_of_many_ladders_the_newest_is_taken_and_of_attempts_the_last_that_finished() -> None:

@@ -58,6 +58,34 @@ def test_rounds_that_were_added_by_the_spread_leave_the_interval_true(until: flo
     assert all(narrow)
 
 
+@pytest.mark.parametrize("counts", [(3, 3), (2, 8)])
+def test_the_interval_of_two_independent_sets_holds_whatever_their_spreads(counts: tuple[int, int]) -> None:
+    generator = np.random.default_rng(sum(counts))
+    found = [
+        stats.ratio_of_two(
+            generator.normal(0.1, 0.02, counts[0]).tolist(), generator.normal(0, 0.05, counts[1]).tolist()
+        )
+        for _ in range(TRIALS)
+    ]
+    held = [each.low <= math.exp(0.1) <= each.high for each in found if each.low is not None and each.high is not None]
+    # Welch's degrees of freedom are an approximation: by 2 and 8 it errs to the safe side.
+    assert 0.95 - SLACK < np.mean(held) < 0.99
+
+
+@pytest.mark.parametrize("others", [2, 3, 10])
+def test_the_interval_by_a_known_spread_holds_for_single_ladders(others: int) -> None:
+    """Of an `aa`, both names' latencies share what a ladder has of its own: as few degrees of freedom as of one."""
+    generator = np.random.default_rng(others)
+    held = []
+    for _ in range(TRIALS):
+        ours, theirs = generator.normal(0.1, 0.03, 1).tolist(), generator.normal(0, 0.03, 1).tolist()
+        known = generator.normal(1, 0.03, (2, others)).tolist()
+        found = stats.ratio_by_known_spread(ours, theirs, known)
+        assert found.low is not None and found.high is not None
+        held.append(found.low <= math.exp(0.1) <= found.high)
+    assert 0.95 - SLACK < np.mean(held) < 0.995
+
+
 def test_one_round_has_no_interval() -> None:
     found = stats.mean_ratio({1: math.log(2)}, 1)
     assert (found.ratio, found.low, found.high, found.seen) == (pytest.approx(2), None, None, None)
