@@ -102,8 +102,6 @@ def metrics(outcome: Outcome, base: Result | None) -> dict[str, float]:
     """What was measured. `speedup` is against `base`, the ladder's first rung in the same round."""
     if isinstance(outcome, Failure):
         return {"elapsed_s": outcome.elapsed_s}
-    accounts = (each for each in outcome.applied.values() if isinstance(each, dict))
-    calibration_s = sum(each.get("calibration_s", 0.0) for each in accounts)
     found = {
         "latency_median_s": outcome.latency_median_s,
         "latency_p10_s": outcome.latency_p10_s,
@@ -113,9 +111,9 @@ def metrics(outcome: Outcome, base: Result | None) -> dict[str, float]:
         "timed_calls": float(len(outcome.samples_s)),
         "import_s": outcome.import_s,
         "load_s": outcome.load_s,
-        "calibration_s": calibration_s,
+        "calibration_s": outcome.calibration_s,
         "first_call_s": outcome.first_call_s,
-        "first_image_s": outcome.import_s + outcome.load_s + calibration_s + outcome.first_call_s,
+        "first_image_s": outcome.first_image_s,
         "warmup_calls": float(len(outcome.warmup_s)),
         **outcome.phases,
         **outcome.memory,

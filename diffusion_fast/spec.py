@@ -191,6 +191,11 @@ class Ladder(_Json):
     machine: dict[str, str] = field(default_factory=dict)  # device and versions: rungs of another one don't belong here
 
 
+def calibration_s(applied: dict[str, dict[str, Any]]) -> float:
+    """Seconds that optimizations took to run and time what they chose by, of their accounts."""
+    return sum((account.get("calibration_s", 0.0) for account in applied.values()), 0.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Result(_Json):
     """One finished measurement. Times are seconds of one call (a batch of images), memory is GiB."""
@@ -234,6 +239,15 @@ class Result(_Json):
         """Whether a recipe that claims to lose nothing doesn't. None: it claims no such thing, or it isn't known."""
         ok: bool | None = self.one_step.get("ok")
         return ok
+
+    @property
+    def calibration_s(self) -> float:
+        return calibration_s(self.applied)
+
+    @property
+    def first_image_s(self) -> float:
+        """From the process's start to its first image."""
+        return self.import_s + self.load_s + self.calibration_s + self.first_call_s
 
     @property
     def peak_memory_gib(self) -> float:

@@ -29,7 +29,7 @@ from typing import Any, Literal
 from diffusion_fast import rows, spool
 from diffusion_fast.models import model_of
 from diffusion_fast.optimizations import OPTIMIZATIONS, Build, compiles, left_out, same_work
-from diffusion_fast.spec import REFERENCE, Failure, Result, RunSpec
+from diffusion_fast.spec import REFERENCE, Failure, Result, RunSpec, calibration_s
 
 JPEG_BYTES = 200_000
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -132,8 +132,7 @@ def measure_rung(spec: RunSpec, folder: Path, progress: Progress) -> Result:
     from diffusion_fast.pipeline import call
     from diffusion_fast.watch import Watch
 
-    calibration_s = sum(account.get("calibration_s", 0.0) for account in applied.values())
-    load_s = process_age_s() - import_s - calibration_s
+    load_s = process_age_s() - import_s - calibration_s(applied)
 
     watch = Watch(spec.device)
     progress("first call" if cache_state == "none" else f"first call, {cache_state} compile cache")

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-RECORD = ROOT / "results" / "2026-11-23-calibration"
+from tests.conftest import script
 
-
-@pytest.fixture(scope="module")
-def calibrate() -> Any:
-    spec: Any = importlib.util.spec_from_file_location("calibrate", ROOT / "scripts" / "calibrate.py")
-    script: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
+RECORD = Path(__file__).parent.parent / "results" / "2026-11-23-calibration"
 
 
 @pytest.mark.parametrize(
     ("case", "fewest", "most"),
     [("aa-5-rounds", 0.02, 0.08), ("aa-until-1-percent", 0.02, 0.08), ("slower-until-2-percent", 0.9, 1)],
 )
-def test_two_hundred_recorded_comparisons(calibrate: Any, case: str, fewest: float, most: float) -> None:
+def test_two_hundred_recorded_comparisons(case: str, fewest: float, most: float) -> None:
+    calibrate = script("calibrate")
     planned = {name: rounds.planned for name, _, rounds in calibrate.CASES["cheap"]}[case]
     found = calibrate.judged(RECORD / f"cheap-{case}.jsonl", planned)
     assert len(found) == 200

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from diffusion_fast.models import MODELS
+from tests.conftest import script
 from tests.miniatures import miniature
-
-SCRIPT = Path(__file__).parent.parent / "scripts" / "step_error.py"
 
 
 @pytest.mark.parametrize("model", ("sdxl", "sd15"))
 def test_its_lines_are_errors_of_more_and_more_layers(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spec: Any = importlib.util.spec_from_file_location("step_error", SCRIPT)
-    script: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
     monkeypatch.setitem(MODELS, model, miniature(model, tmp_path))
     try:
-        script.main(["--model", model, "--size", "256"])
+        script("step_error").main(["--model", model, "--size", "256"])
     finally:
         torch.set_grad_enabled(True)
     lines = re.findall(r"^(.+?) +(\d+) layers +([\d.]+)% ", capsys.readouterr().out, re.MULTILINE)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -18,17 +16,12 @@ from safetensors.torch import load_file
 
 from diffusion_fast import tracking, world
 from diffusion_fast.cli import main
-
-SCRIPT = Path(__file__).parent.parent / "scripts" / "train_tiny.py"
+from tests import conftest
 
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_tiny", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_tiny"] = module
-    spec.loader.exec_module(module)
+    module = conftest.script("train_tiny")
     module.TINY = replace(module.TINY, steps=3)  # what was hardly trained paints nothing, in 30 steps neither
     return module
 
