@@ -12,15 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import Attention
 
 import diffusion_fast
-from diffusion_fast import eight_bits, norms
+from diffusion_fast import eight_bits, norms, operators
 from diffusion_fast.models import MODELS
 from diffusion_fast.modules import replace_modules
 from diffusion_fast.optimizations.quantization import LEAST_ROWS, worth_eight_bits
@@ -55,6 +57,11 @@ def main(arguments: list[str] | None = None) -> None:
         error = ((unet(**given)[0] - exact).norm() / exact.norm()).item()
         print(f"{what:52} {layers:4} layers {error:8.2%} {time.monotonic() - start:6.0f} s", flush=True)
 
+    attention = sum(isinstance(layer, Attention) for layer in unet.modules())
+    for name, numbers in eight_bits.FORMATS.items():
+        with attention_in(numbers):
+            tell(f"{name}, attention", attention)
+
     norms.replace_group_norms(unet)
     found = eight_bits.quantizable_convolutions(unet)
     by_place: dict[str, list[torch.nn.Conv2d]] = {}
@@ -71,12 +78,44 @@ def main(arguments: list[str] | None = None) -> None:
     tell("fp8, linear layers", len(eligible))
     swap(unet, found.values())
     tell("fp8, linear layers, and int8, all convolutions", len(eligible) + len(found))
+    for name, numbers in eight_bits.FORMATS.items():
+        with attention_in(numbers):
+            tell(f"both, and {name}, attention", len(eligible) + len(found) + attention)
 
 
 def swap(unet: Any, chosen: Iterable[torch.nn.Conv2d]) -> dict[Any, eight_bits.ImagewiseConvolution]:
     made = {layer: eight_bits.ImagewiseConvolution(layer, torch.int8) for layer in chosen}
     replace_modules(unet, made.get)
     return made
+
+
+@contextmanager
+def attention_in(numbers: torch.dtype) -> Iterator[None]:
+    """Within, attention multiplies rounded numbers."""
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        q, scale = operators.quantize_rows(x, numbers)
+        return q.float() * scale.reshape(*x.shape[:-1], 1)
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **_: Any) -> torch.Tensor:
+        if numbers == torch.int8:
+            k = k - k.mean(-2, keepdim=True)  # which softmax takes no notice of
+        else:
+            v = rounded(v.mT).mT  # a scale a channel: it is summed over the tokens
+        weights = rounded(q) @ rounded(k).mT
+        weights = weights.sub_(weights.amax(-1, keepdim=True)).mul_(q.shape[-1] ** -0.5).exp_()
+        total = weights.sum(-1, keepdim=True)
+        if numbers != torch.int8:
+            most = torch.finfo(numbers).max  # the largest weight is 1
+            weights = weights.mul_(most).to(numbers).to(v.dtype).div_(most)
+        return weights @ v / total
+
+    functions = torch.nn.functional
+    before, functions.scaled_dot_product_attention = functions.scaled_dot_product_attention, attend
+    try:
+        yield
+    finally:
+        functions.scaled_dot_product_attention = before
 
 
 def inputs(config: dict[str, Any], side: int) -> dict[str, Any]:

@@ -1,0 +1,57 @@
+"""The whole of the fast ladder's last rungs, compiled and captured in earnest, for which there has to be a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from diffusers import DPMSolverMultistepScheduler
+
+from diffusion_fast import plan
+from diffusion_fast.fidelity import median_psnr_db
+from diffusion_fast.optimizations import Build
+from diffusion_fast.pipeline import build_pipeline, call
+from diffusion_fast.recipes import CONVOLUTIONS, LOSSLESS, SDPA
+from diffusion_fast.spec import Recipe
+from tests.test_graphs import CHANGES
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def build(recipe: Recipe) -> Build:
+    model, device = plan.find_model("tiny"), plan.find_device("cuda")
+    settings = plan.Settings(steps=6, accuracy_prompts=0)
+    spec = plan.plan_ladder("fast", (recipe,), model, device, settings).rungs[0]
+    return build_pipeline(spec, print)[0]
+
+
+def pictures(made: Build, **changes: Any) -> Any:
+    return numpy.stack([numpy.asarray(each) for each in call(replace(made, spec=replace(made.spec, **changes)))])
+
+
+@pytest.mark.parametrize(("recipe", "least_db"), ((LOSSLESS, 35), (CONVOLUTIONS, 25)))
+def test_whatever_changes_between_calls_the_picture_is_that_of_eager(recipe: Recipe, least_db: float) -> None:
+    plain, made = build(SDPA), build(recipe)
+    first = pictures(made)
+    for change in CHANGES:
+        found = median_psnr_db(pictures(made, **change), pictures(plain, **change))
+        print(change, f"{found:.1f} dB")
+        assert found > least_db, change
+    for each in (plain, made):
+        each.pipe.scheduler = DPMSolverMultistepScheduler.from_config(each.pipe.scheduler.config)
+    found = median_psnr_db(pictures(made), pictures(plain))
+    print("DPM-Solver", f"{found:.1f} dB")
+    assert found > least_db
+    account = made.proofs["cuda_graph"]()
+    assert account["unet step"]["captures"] == 5 and account["unet step"]["eager_calls"] == 0
+    assert numpy.array_equal(first, pictures(made)) is False  # by another scheduler
