@@ -149,27 +149,30 @@ def _unpaired(baseline: list[Row], candidate: list[Row], aa: list[Row]) -> tuple
     counts = f"{len(ours)} and {len(theirs)} ladders"
     if len(ours) > 1 and len(theirs) > 1:
         return stats.ratio_of_two(ours, theirs), f"{counts}, Welch's t"
-    if several := [side for side in (ours, theirs) if len(side) > 1]:
-        return stats.ratio_by_known_spread(ours, theirs, several), f"{counts}, by the spread of the several"
+    if more := [side for side in (ours, theirs) if len(side) > 1]:
+        return stats.ratio_by_known_spread(ours, theirs, more), f"{counts}, by the spread of the several"
     # A ladder of more rounds varies less: only as many of an `aa` count as these ladders have.
     rounds = min(Counter(row["ladder_id"] for row in (*baseline, *candidate)).values())
     enough = {key for key, number in Counter((row["rung"], row["ladder_id"]) for row in aa).items() if number >= rounds}
-    first = [row for row in aa if row["round"] <= rounds and (row["rung"], row["ladder_id"]) in enough]
-    known = [
-        list(_by_ladder([row for row in first if row["rung"] == rung]).values())
-        for rung in {row["rung"] for row in first}
-    ]
-    known = [logs for logs in known if len(logs) > 1]
+    by_recipe: dict[tuple[str, str], list[Row]] = {}
+    for row in aa:
+        if row["round"] <= rounds and (row["rung"], row["ladder_id"]) in enough:
+            by_recipe.setdefault((row["rung"], _recipe(row)[1]), []).append(row)
+    logs = {key: list(_by_ladder(rows).values()) for key, rows in by_recipe.items()}
+    several = {key: each for key, each in logs.items() if len(each) > 1}
+    own = {_recipe(row)[1] for row in (*baseline, *candidate)}
+    # Of these very recipes where there are such: an eager one says little of the noise of one that is compiled.
+    known = {key: each for key, each in several.items() if key[1] in own} or several
     if not known:
         return (
             stats.Ratio(math.exp(statistics.mean(ours) - statistics.mean(theirs)), 1),
             "they share no two rounds, one ladder says nothing of the spread between ladders, and no two ladders `aa` "
             "of this machine, these settings and as many rounds tell it: run `diffusion-fast ladder --ladder aa` "
-            "several times, with the same model, steps and sizes",
+            "several times, with the same model, steps and sizes (and `--recipe`)",
         )
-    ratio = stats.ratio_by_known_spread(ours, theirs, known)
-    of = ", ".join(sorted({row["optimizations"] for row in first}))
-    return ratio, f"{counts}, the spread between ladders from {max(map(len, known))} ladders `aa` of {of}"
+    ratio = stats.ratio_by_known_spread(ours, theirs, list(known.values()))
+    of = ", ".join(sorted({row["optimizations"] for key in known for row in by_recipe[key]}))
+    return ratio, f"{counts}, the spread between ladders from {max(map(len, known.values()))} ladders `aa` of {of}"
 
 
 def _by_ladder(rows: list[Row]) -> dict[str, float]:

@@ -253,6 +253,7 @@ def _list_models() -> None:
 
 @main.command()
 @click.option("--ladder", "name", default="progressive", show_default=True, help="See `diffusion-fast list`.")
+@click.option("--recipe", "about", default="", help="Of any ladder: what aa or ablation are to be about.")
 @click.option("--only", default="", metavar="RUNG,RUNG", help="Measure these rungs alone.")
 @click.option(
     "--until",
@@ -264,11 +265,11 @@ def _list_models() -> None:
 @one_shape
 @measuring
 @tracked
-def ladder(name: str, only: str, device: str, model: str, **chosen: Any) -> None:
+def ladder(name: str, about: str, only: str, device: str, model: str, **chosen: Any) -> None:
     """Measure a ladder of recipes, a fresh process each, and record every rung as an MLflow run."""
     with errors_exit():
         where, found = plan.find_device(device), plan.find_model(model)
-        recipes, notes = plan.find_ladder(name, where, found)
+        recipes, notes = plan.find_ladder(name, where, found, about)
     _measure(name, recipes, notes, where, found, only=_names(only), **chosen)
 
 

@@ -13,28 +13,42 @@ from diffusion_fast.pipeline import apply
 from diffusion_fast.plan import Device, Settings, plan_ladder
 from diffusion_fast.spec import DTYPES, Model, Recipe
 
-# diffusers' own processors, that compute attention and nothing else: not an IP-Adapter's, for instance.
-PLAIN = {
-    *("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0"),
-    *("FluxAttnProcessor", "JointAttnProcessor2_0", "SanaAttnProcessor2_0", "SanaLinearAttnProcessor2_0"),
-}
+# diffusers' processors that compute attention and nothing else: not an IP-Adapter's, for instance.
+PLAIN = ("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0")
 LATE = {"guidance_cutoff": "it works by an argument of each call"}
+# They call the pipeline while they are applied (Build.short_call), to see what its layers are given.
+CALLING = (
+    *("attention_backend", "attention_kernel", "prompt_projections", "time_projections"),
+    *("int8_dynamic", "fp8_dynamic", "fp8_dynamic_tensor", "fp8_rows", "int8_rows"),
+)
+# They compute some of a UNet's blocks alone. These components of a pipeline, by what they are, add to the others.
+REUSING = ("feature_reuse", "feature_forecast")
+ADDING = {"controlnet": "ControlNet", "adapter": "T2I-Adapter"}
+WHOLE = "This pipeline has been optimized already: give all names at once."
 
 
 def optimize(pipe: Any, *names: str, compile_mode: str = "default", example: Mapping[str, Any] | None = None) -> Any:
     """Apply optimizations to a diffusers pipeline, in place. Returns it.
 
     `names` are those of `diffusion-fast list`; their order has no meaning. A pipeline that is in bfloat16 or float16
-    already needs no `bf16` or `fp16`. Some optimizations call the pipeline once, with few steps, to see the shapes that
-    it works on: by its defaults, or with the arguments in `example`, which may also be what such a call needs, a
-    ControlNet's `image` for instance.
+    already needs no `bf16` or `fp16`. Some optimizations (CALLING) call the pipeline, with few steps, to see the shapes
+    that it works on: by its defaults, or with the arguments in `example`, which may also be what such a call needs, a
+    ControlNet's `image` for instance. With one of these among the names the pipeline is called once before all else, as
+    it is, to see whether it can be.
 
-    Raises ValueError where these names don't go together, or not with this pipeline or device, before anything is
-    changed; RuntimeError where one finds nothing to change. Then what was applied before it stays applied. What shows
-    in a call alone, that a graph was compiled or captured, is not checked, as it is in a measurement.
+    Some names set switches of PyTorch that are the whole process's, so that other pipelines in it are concerned, too:
+    `tf32`, `cudnn_benchmark`, `attention_backend`, `persistent_reductions`, `regional_compile` (how often dynamo may
+    compile a function anew), and on a GPU whatever searches for tile sizes while it compiles, `inductor_tuning` or a
+    max-autotune mode (how the search goes, not what it may choose).
+
+    Raises ValueError where these names don't go together, or not with this pipeline or device, or where a call of it
+    fails that they need, before anything is changed; RuntimeError where one finds nothing to change. Then what was
+    applied before it stays applied: a note of the error says what, and a second attempt is refused. What shows in a
+    call alone, that a graph was compiled or captured, is not checked, as it is in a measurement.
     """
     import torch
 
+    _refuse_other_things(pipe, names)
     model = _model_of(pipe)
     arguments = dict(example or {})
     dtype = str(getattr(pipe, model.denoiser).dtype).removeprefix("torch.")
@@ -53,15 +67,37 @@ def optimize(pipe: Any, *names: str, compile_mode: str = "default", example: Map
     recipe = Recipe("own", tuple(wanted))
     spec = plan_ladder("own", (recipe,), model, _device_of(pipe), settings).rungs[0]
     _refuse(pipe, model, spec.optimizations)
-    pipe._optimized_by_diffusion_fast = True
-
     build = Build(model, spec, dtype=dtype, example=arguments, pipe=pipe)
+    begun: list[str] = []
     with torch.no_grad():
-        apply(build, lambda stage: None, before_loading=True)
-        if converted:  # else a part that was left in another dtype stays in it
-            pipe.to(getattr(torch, build.dtype))
-        apply(build, lambda stage: None, before_loading=False)
+        _try_a_call(build)
+        try:
+            apply(build, lambda stage: None, before_loading=True)
+            if converted:  # else a part that was left in another dtype stays in it
+                pipe.to(getattr(torch, build.dtype))
+            apply(build, lambda stage: begun.append(stage.removeprefix("applying ")), before_loading=False)
+        except BaseException as error:
+            if left := _left_by(error, names, spec.optimizations, begun):
+                pipe._optimized_by_diffusion_fast = f"This pipeline stays half optimized, by {left}: load it anew."
+                error.add_note(pipe._optimized_by_diffusion_fast)
+            raise
+    pipe._optimized_by_diffusion_fast = WHOLE
     return pipe
+
+
+def _refuse_other_things(pipe: Any, names: tuple[Any, ...]) -> None:
+    """Raise ValueError where it isn't a pipeline and names that are given."""
+    from diffusers import DiffusionPipeline
+
+    if not isinstance(pipe, DiffusionPipeline):
+        raise ValueError(f"optimize takes a diffusers pipeline, not an object of type {type(pipe).__name__}.")
+    if not names:
+        raise ValueError("optimize takes names of optimizations, and none is given: `diffusion-fast list` has them.")
+    if strange := [each for each in names if not isinstance(each, str)]:
+        raise ValueError(
+            f"optimize takes names one by one, as in optimize(pipe, 'sdpa', 'fused_qkv'), not a "
+            f"{type(strange[0]).__name__}."
+        )
 
 
 def _model_of(pipe: Any) -> Model:
@@ -99,21 +135,82 @@ def _device_of(pipe: Any) -> Device:
 
 def _refuse(pipe: Any, model: Model, names: tuple[str, ...]) -> None:
     """Raise ValueError for what can't be done to a pipeline that is there already."""
-    if getattr(pipe, "_optimized_by_diffusion_fast", False):
-        raise ValueError("This pipeline has been optimized already: give all names at once.")
-    own = {
-        type(processor).__name__
-        for network in (getattr(pipe, model.denoiser), pipe.vae)
-        for processor in getattr(network, "attn_processors", {}).values()
-    }
-    if strange := own - PLAIN:
-        raise ValueError(f"{min(strange)} computes attention in this pipeline, and would be lost: take it out first.")
+    if before := getattr(pipe, "_optimized_by_diffusion_fast", ""):
+        raise ValueError(before)
+    # Whatever replaces processors requires one of this stage.
+    replacing = " and ".join(name for name in names if OPTIMIZATIONS[name].stage == "attention")
+    if replacing and (lost := set().union(*map(_more_than_plain, pipe.components.values()))):
+        raise ValueError(
+            f"{min(lost)} computes attention in this pipeline, and would be lost: take it out first, or leave "
+            f"{replacing} out."
+        )
     for name in names:
         if name in LATE:
             raise ValueError(f"{name} can't be applied to a pipeline of your own: {LATE[name]}.")
+        for part, what in ADDING.items():
+            if name in REUSING and pipe.components.get(part) is not None:
+                raise ValueError(f"{name} can't be applied to a pipeline with a {what}, which adds to what it reuses.")
     stubborn = [name for name in names if not OPTIMIZATIONS[name].takes_adapters]
     if stubborn and getattr(getattr(pipe, model.denoiser), "peft_config", None):
         raise ValueError(
             f"{' and '.join(stubborn)} would leave the adapter out: fuse it into the weights first, by "
             "pipe.fuse_lora() and pipe.unload_lora_weights()."
         )
+
+
+def _more_than_plain(component: Any) -> set[str]:
+    """Classes of attention processors that do something which is lost when they are replaced; none: nothing is.
+
+    sdpa puts plain attention in the place of all processors of a network that has a default to set. Others it leaves
+    with their own, and what fuses their projections puts in a processor for those: there nothing is lost of what the
+    network makes for itself.
+    """
+    from diffusers.models import attention_processor
+
+    found = {type(each) for each in getattr(component, "attn_processors", {}).values()}
+    more = found - {getattr(attention_processor, name) for name in PLAIN}
+    if more and not hasattr(component, "set_default_attn_processor"):
+        more -= _made_for_itself(component)
+    return {each.__name__ for each in more}
+
+
+def _made_for_itself(network: Any) -> set[type]:
+    """Classes of the attention processors that a network of diffusers has when it is built anew."""
+    import torch
+
+    try:
+        with torch.device("meta"):  # modules without numbers: a tenth of a second
+            new = type(network).from_config(network.config)
+    except Exception:  # of a network of somebody's own, whatever it is: then nothing is known of it
+        return set()
+    return {type(each) for each in new.attn_processors.values()}
+
+
+def _try_a_call(build: Build) -> None:
+    """Call the pipeline as it is, where one of the optimizations will. Raises ValueError where that fails."""
+    import torch
+
+    calling = [name for name in build.spec.optimizations if name in CALLING]
+    if not calling:
+        return
+    try:
+        build.short_call()
+    except torch.OutOfMemoryError:
+        raise  # which says nothing of the arguments
+    except Exception as error:  # whatever diffusers or its user's own code says of a call that lacks something
+        said = str(error).strip().partition("\n")[0].rstrip(".")
+        raise ValueError(
+            f"{' and '.join(calling)} would call the pipeline, and such a call fails ({type(error).__name__}: {said}): "
+            "give what it needs in example=."
+        ) from error
+
+
+def _left_by(error: BaseException, given: tuple[str, ...], planned: tuple[str, ...], begun: list[str]) -> str:
+    """What an attempt that failed has changed: names out of `given`, which are applied in the order of `planned`.
+
+    `begun` are those that came after the stage `load`, the last of them the one that failed. Empty: a first one found
+    nothing to change, and says so by a plain RuntimeError.
+    """
+    done = planned[: planned.index(begun[-1])] if begun else planned
+    left = [name for name in done if name in given and (begun or OPTIMIZATIONS[name].stage == "load")]
+    return " and ".join(left or (() if type(error) is RuntimeError else begun))

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from diffusion_fast import unlisted, world
 from diffusion_fast.models import MODELS
 from diffusion_fast.optimizations import OPTIMIZATIONS, STAGES, Optimization, compiles, eight_bit_formats, same_work
-from diffusion_fast.recipes import ABLATION, LADDERS
+from diffusion_fast.recipes import ABLATION, ABOUT_ONE, LADDERS
 from diffusion_fast.spec import REFERENCE, Ladder, Model, Recipe, RunSpec
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -180,7 +180,8 @@ def plan_ladder(
             f"no config says how many steps it was made for: {model.steps} are the default of {model.pipeline}'s call",
         )
     accuracy_prompts = _accuracy_prompts(model, settings)
-    recipes = tuple(recipes)
+    recipes, more = _worth_measuring(tuple(recipes), model, settings, scale)
+    notes += more
     for each in dict.fromkeys(each for recipe in recipes for each in recipe.optimizations):
         known = lookup("optimization", each, OPTIMIZATIONS)
         if known.needs_guidance and scale <= 1:
@@ -215,7 +216,7 @@ def plan_ladder(
             device=device.kind,  # type: ignore[arg-type]
             compile_mode=_compile_mode(recipe, settings, device),
             prompt=prompt,
-            steps=max(model.least_steps, round(recipe.steps_share * (settings.steps or model.steps))),
+            steps=_steps(recipe, model, settings),
             batch_size=settings.batch_size or 1,
             height=settings.height or model.height,
             width=settings.width or model.width,
@@ -239,14 +240,51 @@ def plan_ladder(
     )
 
 
+def _steps(recipe: Recipe, model: Model, settings: Settings) -> int:
+    return max(model.least_steps, round(recipe.steps_share * (settings.steps or model.steps)))
+
+
+def _worth_measuring(
+    recipes: tuple[Recipe, ...], model: Model, settings: Settings, scale: float
+) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
+    """Without those that these settings leave nothing of, where others are left, and what is to be said of modes."""
+    notes = []
+    left = tuple(
+        each for each in recipes if scale > 1 or not any(OPTIMIZATIONS[name].needs_guidance for name in _known(each))
+    )
+    if left and left != recipes:
+        out = ", ".join(each.name for each in recipes if each not in left)
+        notes.append(f"{out} left out: there is no guidance at {scale:g}")
+        recipes = left
+    seen: dict[Recipe, str] = {}
+    kept = []
+    for each in recipes:
+        alike = replace(each, name="", steps_share=_steps(each, model, settings))
+        if each.steps_share < 1 and alike in seen:
+            notes.append(f"the rung {each.name} is left out: here it would be {seen[alike]} again")
+        else:
+            seen.setdefault(alike, each.name)
+            kept.append(each)
+    fixed = [each for each in kept if settings.compile_mode and each.compile_mode not in ("", settings.compile_mode)]
+    if fixed:
+        notes.append(
+            f"{', '.join(each.name for each in fixed)}: compile mode {fixed[0].compile_mode}, as the names say"
+        )
+    return tuple(kept), tuple(notes)
+
+
+def _known(recipe: Recipe) -> list[str]:
+    return [name for name in recipe.optimizations if name in OPTIMIZATIONS]
+
+
 def _compile_mode(recipe: Recipe, settings: Settings, device: Device) -> str:
-    """The recipe's own, or else the person's, or else the device's unless the recipe can't do with that."""
-    usual = "max-autotune" if device.kind == "cuda" else "default"
+    """The recipe's own, or else the person's, or else what is usual for the recipe or, if it can be, the device."""
+    usual = recipe.usual_mode or ("max-autotune" if device.kind == "cuda" else "default")
     known = [OPTIMIZATIONS[name] for name in recipe.optimizations]
     choosy = next((each for each in known if each.modes), None) if compiles(recipe.optimizations) else None
     if choosy is None:
         return recipe.compile_mode or settings.compile_mode or usual
-    mode = recipe.compile_mode or settings.compile_mode or choosy.modes[0]
+    mode = recipe.compile_mode or settings.compile_mode or recipe.usual_mode or choosy.modes[0]
     if mode not in choosy.modes:
         raise ValueError(f"{choosy.name} excludes compile mode {mode}: take {' or '.join(choosy.modes)}.")
     return mode
@@ -290,14 +328,23 @@ def find_model(name: str) -> Model:
         ) from error
 
 
-def find_ladder(name: str, device: Device, model: Model) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
+def find_ladder(name: str, device: Device, model: Model, about: str = "") -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
     """A ladder's recipes as they can be measured with this model on this device, and what was left out of them.
 
     Ladders are written once for all. A name that runs on another device, or changes what the model hasn't got, is left
     out of all rungs, and a rung that differed from an earlier one by such names alone is left out, because it would
-    measure nothing new. `ablation` is written as one recipe, and becomes that and one for each of its names.
+    measure nothing new. `ablation` is written as one recipe, and becomes that and one for each of its names. `about` is
+    a recipe of any ladder, for one that is about a single one. Raises ValueError for others, and unknown names.
     """
     recipes = lookup("ladder", name, LADDERS)
+    if about:
+        if name not in ABOUT_ONE:
+            raise ValueError(
+                f"--recipe is for ladders about one recipe: {' and '.join(ABOUT_ONE)}; {name} has its own."
+            )
+        others = {each.name: each for ladder in LADDERS if ladder not in ABOUT_ONE for each in LADDERS[ladder]}
+        chosen = lookup("recipe", about, others)
+        recipes = tuple(replace(chosen, name=each.name) for each in recipes)
     absent: dict[str, str] = {}
     for each in (name for recipe in recipes for name in recipe.optimizations):
         known = OPTIMIZATIONS[each]

@@ -180,23 +180,24 @@ def planned_rounds(frame: pd.DataFrame) -> dict[str, int]:
 
 
 def noise_floor(frame: pd.DataFrame, others: Iterable[pd.DataFrame]) -> str:
-    """What this machine's noise is, by the newest of `others`, measurements of ladders `aa` of several rounds.
+    """What this machine's noise is, by the newest of `others` for each recipe: measurements of ladders `aa` of several
+    rounds.
 
     Empty where none of them has the machine, versions and settings of the table, and for a sweep, which has many.
     """
     if _is_sweep(frame):
         return ""
     here = records(frame)[0]
-    said = ""
+    said: dict[tuple[str, str], str] = {}
     for other in others:
         rungs = records(summarize(other))
         if len(rungs) == 2 and "speedup_low" in rungs[1] and check.alike(rungs[1], here):
             low, ratio, high = (rungs[1][name] for name in ("speedup_low", "speedup", "speedup_high"))
-            said = (
-                f"noise floor: the same recipe ({rungs[1]['optimizations']}) twice came to {ratio:.3f}× "
+            said[rungs[1]["optimizations"], rungs[1]["compile_mode"]] = (
+                f"the same recipe ({rungs[1]['optimizations']}) twice came to {ratio:.3f}× "
                 f"({low:.3f}–{high:.3f}) in {rungs[1]['rounds']} rounds of {rungs[1]['ladder_id']}"
             )
-    return said
+    return f"noise floor: {'; '.join(said.values())}" if said else ""
 
 
 def floors_in(root: Path) -> list[pd.DataFrame]:

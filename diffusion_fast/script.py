@@ -85,8 +85,8 @@ def _refuse(model: Model, spec: RunSpec) -> None:
     ours = [name for name in spec.optimizations if not OPTIMIZATIONS[name].code]
     if ours:
         raise ValueError(
-            f"{', '.join(ours)} can't be printed: what they do is code of this package. "
-            "`diffusion_fast.optimize` applies them to a pipeline of your own."
+            f"{', '.join(ours)} can't be printed: that takes code of this package. "
+            "`diffusion_fast.optimize` applies what it is to a pipeline of your own."
         )
     if model.written_out and "sdpa" not in spec.optimizations:
         raise ValueError(

@@ -105,16 +105,12 @@ class Recipe(_Json):
     name: str
     optimizations: tuple[str, ...] = ()
     compile_mode: str = ""  # only where a recipe is about a mode; else the run decides
+    usual_mode: str = ""  # where nobody asks for another: the device's own, unless a recipe does better by this one
     steps_share: float = 1.0  # of the run's steps: with fewer a recipe is the control of those that save work otherwise
 
-    def plus(self, name: str, *more: str, compile_mode: str = "") -> Recipe:
+    def plus(self, name: str, *more: str) -> Recipe:
         """This recipe and some more optimizations, under a new name."""
-        return replace(
-            self,
-            name=name,
-            optimizations=(*self.optimizations, *more),
-            compile_mode=compile_mode or self.compile_mode,
-        )
+        return replace(self, name=name, optimizations=(*self.optimizations, *more))
 
 
 @dataclass(frozen=True, kw_only=True)

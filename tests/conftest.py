@@ -52,9 +52,11 @@ def only_what_is_new_is_searched_for_garbage() -> None:
     gc.freeze()
 
 
-def planned(name: str = "progressive", device: plan.Device = CPU, model: str = "tiny", **settings: Any) -> Ladder:
+def planned(
+    name: str = "progressive", device: plan.Device = CPU, model: str = "tiny", about: str = "", **settings: Any
+) -> Ladder:
     chosen = plan.Settings(**settings)
-    recipes, notes = plan.find_ladder(name, device, plan.find_model(model))
+    recipes, notes = plan.find_ladder(name, device, plan.find_model(model), about)
     return plan.plan_ladder(name, recipes, plan.find_model(model), device, chosen, notes)
 
 

@@ -93,6 +93,15 @@ def test_single_ladders_are_compared_by_the_spread_of_ladders_aa() -> None:
     assert "several times" in check(base, new, elsewhere, 0.03).sentence
 
 
+def test_ladders_aa_of_the_recipes_that_are_compared_go_before_those_of_another() -> None:
+    base, new = measured("base", [1.0], "before"), measured("new", [1.05], "after")
+    eager = ladders("a", [1.0, 1.4, 0.8, 1.2], "eager")
+    assert check(base, new, eager, 0.03).outcome == "unknown"
+    own = ladders("a", [1.0, 1.002, 0.998, 1.001], "own", optimizations="base")
+    verdict = check(base, new, [*eager, *own], 0.03)
+    assert (verdict.outcome, "from 4 ladders `aa` of base)" in verdict.sentence) == ("slower", True)
+
+
 def test_equal_ladders_are_seldom_called_slower_and_slower_ones_often() -> None:
     generator = np.random.default_rng(0)
 

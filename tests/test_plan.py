@@ -1,6 +1,8 @@
 """A recipe is possible, or is refused in one sentence before anything loads."""
 
+import json
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,10 +10,11 @@ import pytest
 from diffusion_fast import plan, world
 from diffusion_fast.models import MODELS
 from diffusion_fast.optimizations import OPTIMIZATIONS, STAGES
-from diffusion_fast.recipes import ABLATION, LADDERS, LOSSLESS
+from diffusion_fast.recipes import AA, ABLATION, LADDERS, LOSSLESS
 from diffusion_fast.spec import Recipe
 from tests.conftest import CPU, H100, planned
 
+PLANS = Path(__file__).parent / "plans.json"
 A100 = plan.Device("cuda", "NVIDIA A100", (8, 0))
 V100 = plan.Device("cuda", "NVIDIA V100", (7, 0))
 
@@ -65,6 +68,15 @@ def test_every_ladder_plans_for_every_model_on_a_cpu_and_on_a_gpu() -> None:
                 assert len(ladder.rungs) == len(LADDERS[name]) - len(left_out)
                 lacking = any(f"{model} has no" in note for note in ladder.notes)
                 assert not left_out or (name, device) == ("fast", CPU) or lacking
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_plan_is_as_it_was_written_down(model: str) -> None:
+    """tests/plans.json: what every ladder has, for every model and kind of device. After a change that is meant:
+
+    python -m tests.test_plan
+    """
+    assert all_plans(model) == json.loads(PLANS.read_text())[model]
 
 
 def test_progressive_is_the_six_published_rungs() -> None:
@@ -160,6 +172,47 @@ def test_an_ablation_is_of_the_best_lossless_recipe_as_far_as_the_device_goes() 
     assert "without-channels_last-group_norm_kernels-no_layout_copies" in recipes
 
 
+def test_a_ladder_about_one_recipe_takes_any_ladders() -> None:
+    def rungs(name: str, about: str) -> list[tuple[str, frozenset[str], str]]:
+        recipes, _ = plan.find_ladder(name, H100, MODELS["sdxl"], about)
+        planned = plan.plan_ladder(name, recipes, MODELS["sdxl"], H100, plan.Settings()).rungs
+        return [(spec.recipe, frozenset(spec.optimizations), spec.compile_mode) for spec in planned]
+
+    names = frozenset(LOSSLESS.optimizations)
+    assert rungs(AA, "attention-kernel") == [("a", names, "default"), ("b", names, "default")]
+    assert rungs(AA, "int8-dynamic-default")[0][2] == "default"
+    full, *others = rungs(ABLATION, "convolutions")
+    assert full[1] == names | {"fp8_rows", "int8_convolutions"}
+    assert others[-1] != full and {each[0] for each in others} > {"without-int8_convolutions", "without-cuda_graph"}
+    with pytest.raises(ValueError, match="--recipe is for ladders about one recipe: aa and ablation; fast has its own"):
+        rungs("fast", "fp8")
+    with pytest.raises(ValueError, match="There is no recipe 'fp9': the nearest are fp8"):
+        rungs(AA, "fp9")
+
+
+def test_a_control_that_rounds_to_the_steps_of_another_is_left_out() -> None:
+    ladder = planned("turbo", H100, "flux-schnell")
+    assert [(spec.recipe, spec.steps) for spec in ladder.rungs if spec.steps < 4] == [
+        ("plain-80", 3),
+        ("plain-50", 2),
+        ("plain-33", 1),
+        ("8-bits-67", 3),
+        ("8-bits-50", 2),
+    ]
+    assert "the rung plain-67 is left out: here it would be plain-80 again" in ladder.notes
+
+
+def test_without_guidance_what_is_about_it_is_left_out_or_refused() -> None:
+    ladder = planned("turbo", H100, "sdxl", guidance_scale=1.0)
+    assert not any("guidance_cutoff" in spec.optimizations for spec in ladder.rungs)
+    assert "feature-forecast" in {spec.recipe for spec in ladder.rungs}
+    assert any("guidance-cutoff" in note and "there is no guidance at 1" in note for note in ladder.notes)
+    with pytest.raises(ValueError, match="guidance_cutoff needs a guidance scale above 1"):
+        plan.plan_ladder(
+            "run", (Recipe("mine", ("guidance_cutoff",)),), MODELS["sdxl"], CPU, plan.Settings(guidance_scale=1.0)
+        )
+
+
 def test_random_weights_say_nothing_of_approximations() -> None:
     assert any(
         "random weights paint no picture" in note for note in planned("turbo", H100, "sdxl", weights="random").notes
@@ -219,6 +272,16 @@ def test_a_recipe_about_a_mode_keeps_it() -> None:
     assert [spec.compile_mode for spec in rungs[3:]] == ["max-autotune"] * 3 + ["default"] * 3
     for tuned, plain in zip(rungs[3:6], rungs[6:], strict=True):
         assert set(tuned.optimizations) - set(plain.optimizations) == {"inductor_tuning"}
+
+
+def test_the_mode_that_is_asked_for_is_taken_or_what_keeps_its_own_is_said() -> None:
+    ladder = planned("fast", H100, "sdxl", compile_mode="max-autotune-no-cudagraphs")
+    modes = {spec.recipe: spec.compile_mode for spec in ladder.rungs}
+    assert modes.pop("int8-dynamic-default") == "default"
+    assert set(modes.values()) == {"max-autotune-no-cudagraphs"}
+    assert ladder.notes == ("int8-dynamic-default: compile mode default, as the names say",)
+    with pytest.raises(ValueError, match="cuda_graph excludes compile mode max-autotune"):
+        planned("fast", H100, "sdxl", compile_mode="max-autotune")
 
 
 @pytest.mark.parametrize("settings", [{"steps": 0}, {"batch_size": -1}, {"height": 100}, {"compile_mode": "fast"}])
@@ -292,3 +355,22 @@ def test_fewer_steps_than_a_pipeline_can_make_are_refused() -> None:
         planned(model="pixart-alpha", steps=1)
     shortest = min(spec.steps for spec in planned("turbo", H100, "pixart-alpha", steps=5).rungs)
     assert shortest == 2
+
+
+def all_plans(model: str) -> dict[str, list[str]]:
+    """By device and ladder its rungs: steps, mode, and what each has and the one before hasn't, or the other way."""
+    found: dict[str, list[str]] = {}
+    for device in (CPU, A100, H100):
+        for name in LADDERS:
+            before: set[str] = set()
+            lines = found[f"{name} on {device.name}"] = []
+            for spec in planned(name, device, model).rungs:
+                added = [f"+{each}" for each in spec.optimizations if each not in before]
+                gone = sorted(f"-{each}" for each in before - set(spec.optimizations))
+                lines.append(f"{spec.rung}, {spec.steps}, {spec.compile_mode}: {' '.join([*added, *gone])}".rstrip())
+                before = set(spec.optimizations)
+    return found
+
+
+if __name__ == "__main__":
+    PLANS.write_text(json.dumps({model: all_plans(model) for model in MODELS}, indent=1) + "\n")

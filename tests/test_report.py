@@ -240,8 +240,8 @@ def test_what_went_on_beside_a_measurement_is_told(tmp_path: Path) -> None:
     ]
 
 
-def aa_ladder(folder: Path, seconds: list[tuple[float, float]], **settings: int) -> Path:
-    ladder = planned("aa", **settings)
+def aa_ladder(folder: Path, seconds: list[tuple[float, float]], about: str = "", **settings: int) -> Path:
+    ladder = planned("aa", about=about, **settings)
     made = spool.save_ladder(folder, ladder)
     for number, pair in enumerate(seconds, 1):
         for spec, each in zip(ladder.rungs, pair, strict=True):
@@ -263,6 +263,9 @@ def test_the_noise_floor_is_that_of_the_newest_ladder_aa_like_this_one(tmp_path:
         said
         == f"noise floor: the same recipe (bf16,sdpa) twice came to 1.000× (0.975–1.025) in 3 rounds of {newest.name}"
     )
+    compiled = aa_ladder(tmp_path, [(1.0, 1.0), (1.0, 1.0)], about="regional")  # another recipe has its own
+    said = report.noise_floor(frame, report.floors_in(tmp_path))
+    assert said.count(" twice came to ") == 2 and newest.name in said and compiled.name in said
     done = CliRunner().invoke(main, ["report", str(folder), "--output", str(tmp_path / "out")])
     assert f"Note: {said}" in done.output
     assert f"Note: {said}." in (tmp_path / "out" / "report.md").read_text()

@@ -295,7 +295,7 @@ def test_an_optimization_is_printed_or_refused_by_name(model: str, name: str) ->
     names = dict.fromkeys(["sdpa", name] if MODELS[model].written_out else [name])
     spec = replace(planned(MODELS[model], (), H100, weights="pretrained"), optimizations=tuple(names))
     if name in OURS:
-        with pytest.raises(ValueError, match=f"^{name} can't be printed: what they do is code of this package"):
+        with pytest.raises(ValueError, match=f"^{name} can't be printed: that takes code of this package"):
             script.write(MODELS[model], spec)
     elif not MODELS[model].outliers:
         text = script.write(MODELS[model], spec)

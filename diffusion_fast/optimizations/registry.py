@@ -42,8 +42,12 @@ class Build:
         return getattr(self.pipe, self.model.denoiser)
 
     def short_call(self, *hooks: Any) -> None:
-        """Have the pipeline make as few steps as it can, for those who look on by `hooks`, which are removed after."""
+        """Have the pipeline make as few steps as it can, for those who look on by `hooks`, which are removed after.
+
+        Of what a measurement gives every call a pipeline of somebody's own may take less, without a size for instance.
+        """
         spec = self.spec
+        taken = inspect.signature(type(self.pipe).__call__).parameters
         arguments = {
             "prompt": spec.prompt,
             "guidance_scale": spec.guidance_scale,
@@ -51,7 +55,8 @@ class Build:
             "width": spec.width,
             "num_images_per_prompt": spec.batch_size,
         }
-        arguments |= {"num_inference_steps": self.model.least_steps, **dict(self.model.call_arguments), **self.example}
+        arguments |= {"num_inference_steps": self.model.least_steps, **dict(self.model.call_arguments)}
+        arguments = {name: value for name, value in arguments.items() if name in taken} | self.example
         try:
             self.pipe(**arguments)
         finally:
