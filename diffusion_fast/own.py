@@ -16,13 +16,7 @@ from diffusion_fast.spec import DTYPES, Model, Recipe
 # diffusers' processors that compute attention and nothing else: not an IP-Adapter's, for instance.
 PLAIN = ("AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0")
 LATE = {"guidance_cutoff": "it works by an argument of each call"}
-# They call the pipeline while they are applied (Build.short_call), to see what its layers are given.
-CALLING = (
-    *("attention_backend", "attention_kernel", "prompt_projections", "time_projections"),
-    *("int8_dynamic", "fp8_dynamic", "fp8_dynamic_tensor", "fp8_rows", "int8_rows"),
-)
-# They compute some of a UNet's blocks alone. These components of a pipeline, by what they are, add to the others.
-REUSING = ("feature_reuse", "feature_forecast")
+# Components of a pipeline, by what they are, that add to the features of a UNet's blocks.
 ADDING = {"controlnet": "ControlNet", "adapter": "T2I-Adapter"}
 WHOLE = "This pipeline has been optimized already: give all names at once."
 
@@ -31,7 +25,7 @@ def optimize(pipe: Any, *names: str, compile_mode: str = "default", example: Map
     """Apply optimizations to a diffusers pipeline, in place. Returns it.
 
     `names` are those of `diffusion-fast list`; their order has no meaning. A pipeline that is in bfloat16 or float16
-    already needs no `bf16` or `fp16`. Some optimizations (CALLING) call the pipeline, with few steps, to see the shapes
+    already needs no `bf16` or `fp16`. Some optimizations call the pipeline, with few steps, to see the shapes
     that it works on: by its defaults, or with the arguments in `example`, which may also be what such a call needs, a
     ControlNet's `image` for instance. With one of these among the names the pipeline is called once before all else, as
     it is, to see whether it can be.
@@ -148,7 +142,7 @@ def _refuse(pipe: Any, model: Model, names: tuple[str, ...]) -> None:
         if name in LATE:
             raise ValueError(f"{name} can't be applied to a pipeline of your own: {LATE[name]}.")
         for part, what in ADDING.items():
-            if name in REUSING and pipe.components.get(part) is not None:
+            if OPTIMIZATIONS[name].reuses_features and pipe.components.get(part) is not None:
                 raise ValueError(f"{name} can't be applied to a pipeline with a {what}, which adds to what it reuses.")
     stubborn = [name for name in names if not OPTIMIZATIONS[name].takes_adapters]
     if stubborn and getattr(getattr(pipe, model.denoiser), "peft_config", None):
@@ -190,7 +184,7 @@ def _try_a_call(build: Build) -> None:
     """Call the pipeline as it is, where one of the optimizations will. Raises ValueError where that fails."""
     import torch
 
-    calling = [name for name in build.spec.optimizations if name in CALLING]
+    calling = [name for name in build.spec.optimizations if OPTIMIZATIONS[name].calls_pipeline]
     if not calling:
         return
     try:

@@ -29,7 +29,7 @@ from peft import LoraConfig
 from PIL import Image
 
 import diffusion_fast
-from diffusion_fast import own
+from diffusion_fast import plan
 from diffusion_fast.models import PACKAGE
 from diffusion_fast.optimizations import OPTIMIZATIONS
 from diffusion_fast.projections import Projection
@@ -167,6 +167,30 @@ def test_an_adapter_that_is_there_is_kept_or_a_reason_not_to(pipe: Any) -> None:
     assert abs(painted(pipe) - before).max() <= 1
 
 
+def test_every_lossless_name_that_takes_an_adapter_keeps_it(pipe: Any, by_eager: list[dict[str, Any]]) -> None:
+    plain = painted(pipe)
+    pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v", "ff.net.2"], init_lora_weights=False))
+    before = painted(pipe)
+    assert abs(before - plain).mean() > 1
+    model, names = plan.find_model("tiny"), []
+    for name, known in OPTIMIZATIONS.items():
+        fits = known.lossless and known.takes_adapters and "cpu" in known.devices and plan.applies(known, model)
+        if fits and not known.for_16_bits and name not in ("bf16", "compile", "inductor_tuning"):
+            names.append(name)
+    assert {"regional_compile", "no_module_walks", "fused_add_norm", "device_postprocessing"} < set(names)
+    diffusion_fast.optimize(pipe, *names)
+    assert abs(painted(pipe) - before).max() <= 1
+    assert by_eager
+
+
+def test_a_compiled_pipeline_keeps_its_adapter(pipe: Any, by_eager: list[dict[str, Any]]) -> None:
+    pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    before = painted(pipe)
+    diffusion_fast.optimize(pipe, "sdpa", "channels_last", "conv_as_linear", "compile")
+    assert abs(painted(pipe) - before).max() <= 1
+    assert by_eager
+
+
 def test_a_controlnet_says_by_an_example_what_a_call_needs(pipe: Any, guided: Any, image: Any) -> None:
     before = painted(guided, image=image)
     assert abs(before - painted(pipe)).max() > 1
@@ -182,7 +206,7 @@ def test_what_needs_no_call_needs_no_example(guided: Any) -> None:
     diffusion_fast.optimize(guided, "sdpa", "channels_last", "vae_slicing")
 
 
-@pytest.mark.parametrize("name", own.REUSING)
+@pytest.mark.parametrize("name", ("feature_reuse", "feature_forecast"))
 def test_features_that_something_adds_to_are_not_reused(pipe: Any, guided: Any, image: Any, name: str) -> None:
     adapter = T2IAdapter(channels=(8, 16), num_res_blocks=1, downscale_factor=8)
     adapted = StableDiffusionXLAdapterPipeline(**pipe.components, adapter=adapter)
@@ -325,7 +349,8 @@ def test_what_else_replaces_processors_requires_sdpa(name: str) -> None:
 
 
 def test_all_that_call_the_pipeline_are_known_to() -> None:
-    assert {name for name, known in OPTIMIZATIONS.items() if "short_call" in reached(known.apply)} == set(own.CALLING)
+    for name, known in OPTIMIZATIONS.items():
+        assert ("short_call" in reached(known.apply)) == known.calls_pipeline, name
 
 
 def reached(function: Any) -> set[str]:

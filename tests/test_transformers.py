@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion_fast
@@ -282,6 +283,22 @@ def test_a_pipeline_of_ones_own_takes_what_applies(model: str, tmp_path: Path, m
     if len(names) < len(wanted):
         with pytest.raises(ValueError, match=f"fused_qkv can't be applied to {MODELS[model].pipeline}: it has no "):
             diffusion_fast.optimize(small(model, tmp_path, monkeypatch, "sdpa")[0].pipe, "sdpa", "fused_qkv")
+
+
+@pytest.mark.parametrize("model", ["flux-dev", "sd3.5-medium"])  # diffusers has none for PixArt
+def test_a_transformer_of_ones_own_keeps_its_adapter(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by_eager: list[dict[str, Any]]
+) -> None:
+    made, _ = small(model, tmp_path, monkeypatch, "sdpa")
+    plain = pixels(made)
+    made.denoiser.add_adapter(LoraConfig(r=4, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    before = pixels(made)
+    assert (before - plain).norm() / plain.norm() > 0.001
+    size = {"height": made.spec.height, "width": made.spec.width}
+    names = "sdpa", "channels_last", "regional_compile", "device_postprocessing", "no_module_walks"
+    diffusion_fast.optimize(made.pipe, *names, example=size)
+    assert (pixels(made) - before).norm() / before.norm() < 0.005
+    assert by_eager
 
 
 @pytest.mark.parametrize("model", ["flux-dev", "sana"])

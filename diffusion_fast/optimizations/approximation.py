@@ -23,6 +23,7 @@ GUIDED = 0.5  # of the steps: they decide what is painted where
     model_needs="unet",
     lossless=False,
     same_work=False,
+    reuses_features=True,
 )
 def feature_reuse(build: Build) -> dict[str, Any]:
     """Compute the UNet's deep features in every third step, and its outermost blocks alone in those between.
@@ -38,6 +39,7 @@ def feature_reuse(build: Build) -> dict[str, Any]:
     model_needs="unet",
     lossless=False,
     same_work=False,
+    reuses_features=True,
 )
 def feature_forecast(build: Build) -> dict[str, Any]:
     """Compute the UNet's deep features in every second step, and forecast those between from the last three.

@@ -63,7 +63,7 @@ KERNELS = ("cudnn", "flash", "mem_efficient")  # of PyTorch's; the last takes wh
 
 
 # Behind fused_qkv, which changes how queries, keys and values lie in memory.
-@optimization(stage="swap", requires=("bf16", "sdpa"), devices=("cuda",))
+@optimization(stage="swap", requires=("bf16", "sdpa"), devices=("cuda",), calls_pipeline=True)
 def attention_backend(build: Build) -> dict[str, Any]:
     """Time PyTorch's attention kernels on what the denoiser attends to, and allow the fastest in the others' place.
 
@@ -188,6 +188,7 @@ def _seconds(attend: Any, layouts: tuple[Any, ...]) -> float:
     min_capability=(9, 0),
     imports=("diffusion_fast.attention",),
     model_needs="plain_attention",
+    calls_pipeline=True,
 )
 def attention_kernel(build: Build) -> dict[str, Any]:
     """Compute the denoiser's attention by a kernel of our own, in layers where this GPU is faster by it than PyTorch's.
@@ -507,6 +508,7 @@ def _to_pil_from_bytes(
     excludes=("compile", "ahead_of_time"),
     imports=("diffusion_fast.projections",),
     takes_adapters=False,
+    calls_pipeline=True,
 )
 def prompt_projections(build: Build) -> dict[str, Any]:
     """Project the prompt to keys and values when it is a new one, not in every step: they are the same in all.
@@ -577,6 +579,7 @@ def _given(build: Build, owner: Any, name: str, modules: Iterable[Any]) -> list[
     imports=("diffusion_fast.projections",),
     model_needs="unet",
     takes_adapters=False,
+    calls_pipeline=True,
 )
 def time_projections(build: Build) -> dict[str, Any]:
     """Project the time step for all residual blocks by one product a step, instead of a small one in each block.

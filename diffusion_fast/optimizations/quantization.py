@@ -111,6 +111,7 @@ config = Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)""",
         excluded="$int8_excluded_shapes",
         by_intensity="not excluded",
     ),
+    calls_pipeline=True,
 )
 def int8_dynamic(build: Build) -> dict[str, Any]:
     """Multiply in int8: weights scaled per channel beforehand, activations per row while it runs.
@@ -152,6 +153,7 @@ config = Float8DynamicActivationFloat8WeightConfig(
     granularity=PerRow(), activation_value_lb={LEAST_LARGEST}, set_inductor_config=False
 )""",
     ),
+    calls_pipeline=True,
 )
 def fp8_dynamic(build: Build) -> dict[str, Any]:
     """Multiply in fp8 (e4m3) by torchao: a scale a row of the weights beforehand, of the activations while it runs.
@@ -183,6 +185,7 @@ config = Float8DynamicActivationFloat8WeightConfig(
 )""",
         excluded=(ONE_BLOCK,),
     ),
+    calls_pipeline=True,
 )
 def fp8_dynamic_tensor(build: Build) -> dict[str, Any]:
     """Multiply in fp8 (e4m3) by torchao: one scale for all of a layer's weights, and one for all of its activations.
@@ -466,6 +469,7 @@ LEAST_FEATURES_BEHIND_ATTENTION = 2048
     lossless=False,
     takes_adapters=False,
     number_format="fp8",
+    calls_pipeline=True,
 )
 def fp8_rows(build: Build) -> dict[str, Any]:
     """Multiply the denoiser's linears in fp8 (e4m3): a scale a row, GEGLU and quantization as one kernel.
@@ -485,6 +489,7 @@ def fp8_rows(build: Build) -> dict[str, Any]:
     lossless=False,
     takes_adapters=False,
     number_format="int8",
+    calls_pipeline=True,
 )
 def int8_rows(build: Build) -> dict[str, Any]:
     """Multiply the denoiser's linears in int8: a scale a row, GEGLU and quantization as one kernel.

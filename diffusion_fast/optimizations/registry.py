@@ -116,6 +116,8 @@ class Optimization:
     number_format: str = ""
     image_format: str = ""
     needs_guidance: bool = False  # a guidance scale above 1
+    calls_pipeline: bool = False  # while it is applied (Build.short_call), to see what layers are given
+    reuses_features: bool = False  # computes some of a UNet's blocks alone, where nothing may be added to the others
     least_batch: int = 1  # pictures of a call, below which there is nothing to do
     leaves_out: str = ""  # the part of a call that one with the prompt of the one before, as all timed ones, is without
     # What it amounts to in plain Python, see script.py: lines on `pipe`, `denoiser` and the call's `arguments`, in the
