@@ -85,6 +85,7 @@ PIXART_ALPHA = Model(
     guidance_scale=4.5,
     multiple=16,  # its patches are of 2×2 latents
     cacheable_blocks=True,
+    lacks=("guidance_that_ends",),  # its call has no callback with the prompt's tensors
     least_steps=2,  # after a single one it takes what schedulers of distilled models give, and others don't
     # It would paint another size than was asked for, and resize; and read the prompt by whether bs4 is installed.
     call_arguments=(("use_resolution_binning", False), ("clean_caption", False)),
@@ -173,7 +174,11 @@ SANA = Model(
     multiple=32,
     written_out=True,
     call_arguments=(("use_resolution_binning", False),),  # as PixArt's
-    lacks=("fusable_projections", "plain_attention", "group_norms", "small_1x1_convolutions", "wide_vae_heads"),
+    # Its callback isn't given the prompt's mask, which would stay as it is for two rows.
+    lacks=(
+        *("fusable_projections", "plain_attention", "guidance_that_ends"),
+        *("group_norms", "small_1x1_convolutions", "wide_vae_heads"),
+    ),
     hub_id="Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers",
     configs="sana-1600m-1024px",
 )
@@ -235,7 +240,9 @@ class WeightsUnreachableError(Exception):
             if listed
             else "--model FOLDER loads a local copy."
         )
-        super().__init__(f"The weights of {hub_id} can't be reached ({type(error).__name__}): {instead}")
+        kind = type(error).__name__
+        terms = "accept their terms on the hub and set HF_TOKEN, or " if kind == "GatedRepoError" else ""
+        super().__init__(f"The weights of {hub_id} can't be reached ({kind}): {terms}{instead}")
 
 
 def check_weights(model: Model, weights: str, parts: Iterable[str] = ()) -> None:
@@ -312,6 +319,7 @@ def check_hub(hub_id: str, file: str, listed: bool = True) -> None:
     if any(isinstance(try_to_load_from_cache(hub_id, name), str) for name in files):
         return
     try:
-        HfApi().model_info(hub_id, timeout=5)
+        if HfApi().model_info(hub_id, timeout=5).gated:  # the hub tells everybody about them, and gives them to some
+            HfApi().auth_check(hub_id)
     except Exception as error:  # the hub client's own, its HTTP library's, the operating system's
         raise WeightsUnreachableError(hub_id, error, listed) from error

@@ -246,7 +246,7 @@ def _vanilla_attention(build: Build) -> None:
     for _, network in build.networks():
         if hasattr(network, "set_default_attn_processor"):
             network.set_default_attn_processor()
-        elif hasattr(network, "set_attn_processor"):
+        elif hasattr(network, "set_attn_processor") or network is build.denoiser:
             scores.write_out(network)
         elif hasattr(network, "set_attn_implementation"):
             network.set_attn_implementation("eager")

@@ -15,7 +15,15 @@ from typing import Any, TypeVar
 
 from diffusion_fast import unlisted, world
 from diffusion_fast.models import MODELS
-from diffusion_fast.optimizations import OPTIMIZATIONS, STAGES, Optimization, compiles, eight_bit_formats, same_work
+from diffusion_fast.optimizations import (
+    OPTIMIZATIONS,
+    STAGES,
+    WORDS,
+    Optimization,
+    compiles,
+    eight_bit_formats,
+    same_work,
+)
 from diffusion_fast.recipes import ABLATION, ABOUT_ONE, LADDERS
 from diffusion_fast.spec import REFERENCE, Ladder, Model, Recipe, RunSpec
 
@@ -142,9 +150,9 @@ def applies(optimization: Optimization, model: Model) -> bool:
 
 
 def lacked(optimization: Optimization, model: Model) -> str:
-    """What the optimization needs and the model has not; "" where it has all."""
-    needs = [optimization.model_needs, "classifier_free_guidance" if optimization.needs_guidance else ""]
-    return next((need for need in needs if need and (need in model.lacks or not getattr(model, need, True))), "")
+    """What the optimization needs and the model has not, in words; "" where it has all."""
+    needs = ["classifier_free_guidance" if optimization.needs_guidance else "", optimization.model_needs]
+    return next((WORDS[need] for need in needs if need and (need in model.lacks or not getattr(model, need, True))), "")
 
 
 def plan_ladder(

@@ -21,13 +21,19 @@ def attend(
 ) -> torch.Tensor:
     """What scaled_dot_product_attention computes, in its inputs' dtype: scores, softmax, and the product with `value`.
 
-    query: (..., tokens, features); key and value: (..., other tokens, features); attn_mask is added to the scores.
-    Raises NotImplementedError for what no denoiser here asks for. Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
+    query: (..., heads, tokens, features); key and value: (..., heads, other tokens, features), with `enable_gqa` fewer
+    heads, each for several of the queries'. attn_mask is added to the scores, or of booleans: False where there is no
+    attention (NaN comes of a row without any). Raises NotImplementedError for what no denoiser asks for.
+    Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
     """
-    if dropout_p or is_causal or enable_gqa or (attn_mask is not None and attn_mask.dtype == torch.bool):
-        raise NotImplementedError("attention with dropout, causal or boolean masks, or shared keys isn't written out")
+    if dropout_p or is_causal:
+        raise NotImplementedError("attention with dropout or a causal mask isn't written out")
+    if enable_gqa:
+        key, value = (each.repeat_interleave(query.shape[-3] // each.shape[-3], dim=-3) for each in (key, value))
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    if attn_mask is not None:
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
         scores = scores + attn_mask
     return scores.softmax(dim=-1) @ value
 
@@ -42,7 +48,7 @@ class _WrittenOut(TorchFunctionMode):
 
 
 class WithScores:
-    """An attention processor that does what another does, with its scores written out."""
+    """An attention processor, or a network's forward, that does what another does, with its scores written out."""
 
     def __init__(self, processor: Any) -> None:
         self.processor = processor
@@ -53,13 +59,20 @@ class WithScores:
 
 
 def write_out(network: Any) -> None:
-    """Have a network of diffusers attend by explicit scores."""
+    """Have a network of diffusers attend by explicit scores: layer by layer, or all of it where they can't be set."""
+    if not hasattr(network, "set_attn_processor"):
+        network.forward = WithScores(network.forward)
+        return
     found = network.attn_processors
     network.set_attn_processor({name: each if _linear(each) else WithScores(each) for name, each in found.items()})
 
 
 def fuse(network: Any) -> int:
     """Have it attend by fused kernels again, as it was made. Returns how many layers do: linear attention has none."""
+    if not hasattr(network, "set_attn_processor"):
+        if isinstance(network.__dict__.get("forward"), WithScores):  # else it is somebody's own, or the class's
+            network.forward = network.forward.processor
+        return sum(hasattr(module, "processor") for module in network.modules())
     own = {name: getattr(each, "processor", each) for name, each in network.attn_processors.items()}
     network.set_attn_processor(dict(own))
     return sum(not _linear(each) for each in own.values())

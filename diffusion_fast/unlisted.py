@@ -6,6 +6,7 @@ Pipelines are diffusers' own, in its format: a model_index.json, and a folder wi
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 import json
 import re
@@ -32,6 +33,8 @@ CROSS_ATTENDING = "UNetMidBlock2DCrossAttn"  # a UNet2DConditionModel's middle, 
 FEW_STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "flux-schnell": ({"guidance_embeds": False}, {"shift": 1.0, "use_dynamic_shifting": False})
 }
+# Of a transformer that no entry is like nobody has seen that it has any of these.
+UNKNOWN_LACK = ("fusable_projections", "plain_attention", "guidance_that_ends")
 BINNING = "use_resolution_binning"  # an argument by which a call paints another size than was asked for
 
 
@@ -82,7 +85,7 @@ def describe(
     known = few_steps or next((each for each in MODELS.values() if each.pipeline == kind and each.hub_id), None)
     guidance, steps = defaults.get("guidance_scale"), defaults.get("num_inference_steps")
     if not isinstance(guidance, (int, float)) or not isinstance(steps, int):
-        raise ValueError(f"{kind} isn't known here: its call has no guidance scale or no number of steps.")
+        raise ValueError(f"{kind} isn't known here: its call has no default for its guidance scale or number of steps.")
     if few_steps:
         guidance, steps = few_steps.guidance_scale, few_steps.steps
     latents = config.get("sample_size")
@@ -108,7 +111,7 @@ def describe(
         chained_blocks=_chained_blocks(config),
         multiple=known.multiple if known else 8,
         written_out=known.written_out if known else denoiser == "transformer",
-        lacks=known.lacks if known else (),
+        lacks=known.lacks if known else UNKNOWN_LACK if denoiser == "transformer" else (),
         cacheable_blocks=known.cacheable_blocks if known else False,
         call_arguments=known.call_arguments if known else usual,
         left_out=known.left_out if known else (),
@@ -159,11 +162,12 @@ def _read(name: str, folder: Path | None, read: Callable[[str], dict[str, Any]])
         raise ValueError(f"{kind} doesn't go from text to image as is measured here: its call takes no {absent[0]}.")
     vae = read("vae/config.json") if "vae" in parts else {}
     levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
+    config = read(f"{denoiser}/config.json")
     return describe(
         name,
         kind,
         denoiser,
-        read(f"{denoiser}/config.json"),
+        config | {"sample_size": config.get("sample_size") or default_sample_size(kind)},
         read("scheduler/scheduler_config.json") if "scheduler" in parts else {},
         2 ** (len(levels) - 1) if levels else None,
         defaults,
@@ -179,16 +183,33 @@ def call_defaults(kind: str) -> dict[str, Any]:
 
     They are read from the source: importing a pipeline would import torch. Raises ValueError where there is none.
     """
+    for method in _methods(kind):
+        if method.name == "__call__":
+            return _defaults(method.args)
+    raise ValueError(f"diffusers has no pipeline {kind} whose call could be read.")
+
+
+def default_sample_size(kind: str) -> int | None:
+    """The latents a side of a pipeline's pictures, where it says so itself and its denoiser's config doesn't."""
+    for node in (each for method in _methods(kind) if method.name == "__init__" for each in ast.walk(method)):
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "self.default_sample_size":
+            # A number, or a choice between the denoiser's and one for where it has none.
+            value = node.value.orelse if isinstance(node.value, ast.IfExp) else node.value
+            return value.value if isinstance(value, ast.Constant) and isinstance(value.value, int) else None
+    return None
+
+
+@functools.cache
+def _methods(kind: str) -> tuple[ast.FunctionDef, ...]:
+    """Those of a diffusers pipeline, from its source. Empty where there is none of the name."""
     package = importlib.util.find_spec("diffusers")
     folder = Path(package.origin or "").parent / "pipelines" if package else Path()
     for file in sorted(folder.rglob("pipeline_*.py")):
         text = file.read_text()
         if re.search(rf"^class {re.escape(kind)}\b", text, re.MULTILINE):
             classes = (each for each in ast.parse(text).body if isinstance(each, ast.ClassDef) and each.name == kind)
-            for node in (each for found in classes for each in found.body):
-                if isinstance(node, ast.FunctionDef) and node.name == "__call__":
-                    return _defaults(node.args)
-    raise ValueError(f"diffusers has no pipeline {kind} whose call could be read.")
+            return tuple(each for found in classes for each in found.body if isinstance(each, ast.FunctionDef))
+    return ()
 
 
 def _defaults(arguments: ast.arguments) -> dict[str, Any]:

@@ -124,13 +124,6 @@ def test_guidance_ends_after_half_of_the_steps_with_the_prompt_of_each_row() -> 
         assert difference.abs().max() <= 2
 
 
-def test_without_guidance_there_is_none_to_end() -> None:
-    with pytest.raises(
-        ValueError, match="guidance_cutoff needs a guidance scale above 1, and there is no guidance at 1"
-    ):
-        planned("turbo", guidance_scale=1.0)
-
-
 def test_both_together_compute_in_full_where_the_rows_change() -> None:
     made, _ = build("sdpa", "feature_reuse", "guidance_cutoff", steps=8)
     middle = calls_of(made.denoiser.mid_block)

@@ -99,5 +99,5 @@ def test_a_model_says_how_many_blocks_it_has_in_a_row(
 
 def test_a_model_without_rows_is_refused_by_name() -> None:
     recipe = Recipe("mine", ("regional_compile", "fused_add_norm"))
-    with pytest.raises(ValueError, match="fused_add_norm can't be applied to sd15: it has no chained_blocks"):
+    with pytest.raises(ValueError, match="fused_add_norm can't be applied to sd15: it has no transformer blocks in"):
         plan.plan_recipe(MODELS["sd15"], recipe, CPU)

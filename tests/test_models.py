@@ -141,7 +141,7 @@ def test_no_ladder_has_a_transformer_do_what_changes_a_unet(ladder: str) -> None
 
 
 def test_what_changes_a_unet_is_refused_for_a_transformer() -> None:
-    with pytest.raises(ValueError, match="can't be applied to pixart-alpha: it has no unet"):
+    with pytest.raises(ValueError, match="can't be applied to pixart-alpha: it has no UNet"):
         plan_recipe(MODELS["pixart-alpha"], Recipe("mine", ("feature_reuse",)), CPU)
 
 

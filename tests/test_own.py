@@ -260,7 +260,7 @@ def test_bf16_converts_the_pipeline(pipe: Any) -> None:
         (("bf16", "fp16"), "exclude each other"),
         (("tf32",), "tf32 runs on cuda only"),
         (("guidance_cutoff",), "it works by an argument of each call"),
-        (("tiny_vae",), "it has no tiny_vae_hub_id"),
+        (("tiny_vae",), "it has no tiny VAE that is known here"),
     ],
 )
 def test_what_is_impossible_is_refused_before_anything_is_changed(

@@ -9,7 +9,7 @@ import pytest
 
 from diffusion_fast import plan, world
 from diffusion_fast.models import MODELS
-from diffusion_fast.optimizations import OPTIMIZATIONS, STAGES
+from diffusion_fast.optimizations import OPTIMIZATIONS, STAGES, WORDS
 from diffusion_fast.recipes import AA, ABLATION, LADDERS, LOSSLESS
 from diffusion_fast.spec import Recipe
 from tests.conftest import CPU, H100, planned
@@ -127,14 +127,14 @@ def test_a_rung_that_would_measure_nothing_new_is_left_out_and_said() -> None:
     assert [spec.recipe for spec in planned("aa").rungs] == ["a", "b"]  # these are meant to be the same
     assert planned("fast", H100, "sdxl").notes == ()
     assert planned("fast", H100).notes == (
-        "sliced_vae_attention is left out: tiny has no wide_vae_heads",
+        "sliced_vae_attention is left out: tiny has no VAE with a head too wide for fused attention",
         "the rung vae is left out: here it would be time again",
     )
 
 
 def test_what_a_model_lacks_is_left_out_and_said() -> None:
     ladder = planned("turbo", H100)
-    assert "tiny_vae is left out: tiny has no tiny_vae_hub_id" in ladder.notes
+    assert "tiny_vae is left out: tiny has no tiny VAE that is known here" in ladder.notes
     assert "the rung all is left out: here it would be cutoff-and-forecast again" in ladder.notes
     assert {spec.recipe for spec in planned("turbo", H100, "sdxl").rungs} > {"tiny-vae", "all"}
 
@@ -307,6 +307,7 @@ def test_every_optimization_is_documented_and_staged() -> None:
     for each in OPTIMIZATIONS.values():
         assert each.summary.endswith("."), each.name
         assert each.stage in STAGES
+        assert each.model_needs in ("", *WORDS), each.name
         for name in (*each.excludes, *(name for group in each.requires for name in group)):
             assert name in OPTIMIZATIONS, f"{each.name} names {name}"
 

@@ -458,5 +458,5 @@ def test_whatever_changes_a_captured_step_projects_its_own_time(monkeypatch: pyt
 
 
 def test_time_projections_are_for_unets() -> None:
-    with pytest.raises(ValueError, match="time_projections can't be applied to pixart-alpha: it has no unet"):
+    with pytest.raises(ValueError, match="time_projections can't be applied to pixart-alpha: it has no UNet"):
         plan_recipe(MODELS["pixart-alpha"], Recipe("mine", ("time_projections",)), CPU)

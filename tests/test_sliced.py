@@ -88,7 +88,7 @@ def test_the_models_that_are_said_to_have_wide_heads_have_them(
 
 def test_it_is_left_out_where_there_is_none() -> None:
     for name in ("tiny", "sana"):
-        with pytest.raises(ValueError, match=f"can't be applied to {name}: it has no wide_vae_heads"):
+        with pytest.raises(ValueError, match=f"can't be applied to {name}: it has no VAE with a head too wide"):
             names = ("tf32", "bf16", "sdpa", "sliced_vae_attention")
             plan.plan_recipe(MODELS[name], Recipe("mine", names), H100)
     assert "sliced_vae_attention is left out" in " ".join(planned("fast", H100).notes)

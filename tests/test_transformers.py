@@ -92,7 +92,7 @@ def test_attention_that_is_written_out_is_not_compiled(name: str) -> None:
 def test_what_needs_guidance_of_two_rows_is_not_for_models_with_another_or_none() -> None:
     cutoff = replace(OPTIMIZATIONS["guidance_cutoff"], model_needs="")
     found = {name: plan.lacked(cutoff, MODELS[name]) for name in TRANSFORMERS}
-    assert {name for name, lacking in found.items() if lacking == "classifier_free_guidance"} == {
+    assert {name for name, lacking in found.items() if lacking == "guidance by a second row of each step"} == {
         "flux-schnell",
         "flux-dev",
     }
@@ -156,6 +156,19 @@ def test_the_baseline_writes_its_scores_out_and_sdpa_does_not(
     assert applied["sdpa"]["attention_layers"] >= own
 
 
+def test_guidance_of_a_transformer_ends_half_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, _ = small("sd3.5-medium", tmp_path, monkeypatch, "sdpa", "guidance_cutoff", steps=6)
+    rows: list[int] = []
+    made.denoiser.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(kwargs["hidden_states"])), with_kwargs=True
+    )
+    found = pixels(made)
+    assert rows == [2, 2, 2, 1, 1, 1]
+    assert made.proofs["guidance_cutoff"]() == {"guided_steps": 3}
+    plain = pixels(small("sd3.5-medium", tmp_path, monkeypatch, "sdpa", steps=6)[0])
+    assert 0 < (found - plain).norm() / plain.norm() < 0.6
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_written_out_attention_is_what_the_fused_kernels_compute(masked: bool) -> None:
     torch.manual_seed(0)
@@ -165,6 +178,15 @@ def test_written_out_attention_is_what_the_fused_kernels_compute(masked: bool) -
     torch.testing.assert_close(scores.attend(query, key, value, attn_mask=mask), expected)
     with pytest.raises(NotImplementedError, match="isn't written out"):
         scores.attend(query, key, value, is_causal=True)
+
+
+def test_written_out_attention_knows_shared_keys_and_masks_of_booleans() -> None:
+    numbers = torch.Generator().manual_seed(0)
+    query, mask = torch.randn(2, 6, 5, 8, generator=numbers), torch.rand(2, 1, 5, 7, generator=numbers) > 0.4
+    key, value = (torch.randn(2, 3, 7, 8, generator=numbers) for _ in range(2))
+    mask[..., 0] = True
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=True)
+    torch.testing.assert_close(scores.attend(query, key, value, attn_mask=mask, enable_gqa=True), expected)
 
 
 def test_a_text_encoder_that_caps_its_scores_keeps_its_attention(

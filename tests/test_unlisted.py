@@ -13,11 +13,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy
 import pytest
 import torch
 from click.testing import CliRunner
+from diffusers import FluxPipeline, Lumina2Pipeline, Lumina2Transformer2DModel, SanaPipeline
 
-from diffusion_fast import chained, plan, spool, unlisted
+from diffusion_fast import chained, plan, scores, spool, unlisted
 from diffusion_fast import ladder as climbing
 from diffusion_fast.cli import main
 from diffusion_fast.models import MODELS, PACKAGE, WEIGHTS_FILE, WeightsUnreachableError, check_weights, model_of
@@ -25,7 +27,7 @@ from diffusion_fast.optimizations import OPTIMIZATIONS
 from diffusion_fast.pipeline import _from_config, build_pipeline, call
 from diffusion_fast.spec import Ladder, Model, Recipe, Result, RunSpec
 from tests.conftest import CPU, planned
-from tests.miniatures import NAMES, saved
+from tests.miniatures import LONG_CONTEXT, NAMES, saved
 
 TOKEN = "hf_a-marker-that-nobody-may-see"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -67,8 +69,68 @@ def test_a_transformer_is_found_by_its_attribute_and_keeps_what_its_class_needs(
     build, applied = build_pipeline(RunSpec.from_dict(json.loads(json.dumps(spec.to_dict()))), lambda stage: None)
     assert set(applied) == set(recipe.optimizations)
     assert call(build)[0].size == (64, 64)
-    with pytest.raises(ValueError, match="feature_reuse can't be applied to my pixart-alpha: it has no unet"):
+    with pytest.raises(ValueError, match="feature_reuse can't be applied to my pixart-alpha: it has no UNet"):
         plan.plan_recipe(model, Recipe("mine", ("feature_reuse",)), CPU)
+
+
+@pytest.fixture
+def lumina(tmp_path: Path) -> Path:
+    """A model of a class that no entry has, whose attention can't be set: other queries than keys, boolean masks."""
+    for name in ("sana", "flux-dev"):
+        (tmp_path / name).mkdir()
+    sana = SanaPipeline.from_pretrained(saved("sana", tmp_path / "sana"))
+    flux = FluxPipeline.from_pretrained(saved("flux-dev", tmp_path / "flux-dev"))
+    torch.manual_seed(0)
+    transformer = Lumina2Transformer2DModel(
+        sample_size=8,
+        hidden_size=64,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        multiple_of=16,
+        axes_dim_rope=(4, 6, 6),
+        axes_lens=(512, 64, 64),
+        cap_feat_dim=LONG_CONTEXT,
+    )
+    pipe = Lumina2Pipeline(transformer, flux.scheduler, flux.vae, sana.text_encoder, sana.tokenizer)
+    pipe.save_pretrained(tmp_path / "lumina")
+    return tmp_path / "lumina"
+
+
+def test_attention_that_cant_be_set_is_written_out_nevertheless(lumina: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = plan.find_model(str(lumina))
+    attend, written, pictures = scores.attend, [], []
+
+    def noted(*args: Any, **kwargs: Any) -> torch.Tensor:
+        written.append(1)
+        return attend(*args, **kwargs)
+
+    monkeypatch.setattr(scores, "attend", noted)
+    for names in ((), ("sdpa",)):
+        written.clear()
+        (spec,) = plan.plan_ladder("run", (Recipe("mine", names),), model, CPU, plan.Settings(steps=2)).rungs
+        build, applied = build_pipeline(spec, lambda stage: None)
+        with torch.no_grad():
+            pictures.append(numpy.asarray(call(build)[0]).astype(int))
+        # Two layers, a refiner each of noise and of text, two steps, with guidance a call of the denoiser a branch.
+        assert len(written) == (0 if names else 4 * 2 * 2)
+    assert applied["sdpa"]["attention_layers"] == 4 + build.pipe.text_encoder.config.num_hidden_layers
+    assert abs(pictures[0] - pictures[1]).max() <= 1
+
+
+def test_what_nobody_has_seen_of_a_transformer_is_refused_before_it_is_loaded(lumina: Path) -> None:
+    model = plan.find_model(str(lumina))
+    with pytest.raises(ValueError, match="fused_qkv can't be applied to lumina: it has no projections that"):
+        plan.plan_recipe(model, Recipe("mine", ("sdpa", "fused_qkv")), CPU)
+
+
+def test_a_pipeline_that_says_its_size_itself_is_asked(lumina: Path) -> None:
+    config = json.loads((lumina / "transformer" / "config.json").read_text())
+    (lumina / "transformer" / "config.json").write_text(json.dumps(config | {"sample_size": None}))
+    assert plan.find_model(str(lumina)).height == 128 * 8
+    assert unlisted.default_sample_size("ChromaPipeline") == 128
+    assert unlisted.default_sample_size("StableDiffusionPipeline") is None  # its denoiser's config does
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -252,19 +314,30 @@ def test_a_folder_that_is_no_model_or_is_none_is_refused(sd15: Path, tmp_path: P
 
 
 class Hub(BaseHTTPRequestHandler):
-    """Answers every question by `status` and `code`, and repeats the token that it was asked with."""
+    """Answers every question by `status` and `code`, and repeats the token that it was asked with.
+
+    Of what is in `gated` it tells everybody, and gives nothing.
+    """
 
     status, code = 404, "RepoNotFound"
+    gated: ClassVar[tuple[str, ...]] = ()
     asked_with: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
         token = self.headers["Authorization"] or ""
         if self.path.startswith("/api/models/"):
             self.asked_with.append(token)
-        self.send_response(self.status)
-        for name, value in (("X-Error-Code", self.code), ("X-Error-Message", token), ("Content-Length", "0")):
-            self.send_header(name, value)
+        status, code, told = self.status, self.code, b""
+        for name in self.gated:
+            if self.path == f"/api/models/{name}":
+                status, code, told = 200, "", json.dumps({"id": name, "gated": "manual"}).encode()
+            elif name in self.path:
+                status, code = 403, "GatedRepo"
+        self.send_response(status)
+        for header, value in (("X-Error-Code", code), ("X-Error-Message", token), ("Content-Length", str(len(told)))):
+            self.send_header(header, value)
         self.end_headers()
+        self.wfile.write(told)
 
     def log_message(self, *_: Any) -> None:
         pass
@@ -334,7 +407,22 @@ def test_what_is_there_and_cant_be_read_is_exit_code_1(
     monkeypatch.setattr(hub, "code", "GatedRepo")
     done = asked_for("somebody/gated", tmp_path)
     assert done.exit_code == 1
-    assert "weights of somebody/gated can't be reached (GatedRepoError): --model FOLDER loads" in done.output
+    assert "weights of somebody/gated can't be reached (GatedRepoError): accept their terms" in done.output
+
+
+@pytest.mark.parametrize(
+    ("name", "hub_id"), [("flux-dev", MODELS["flux-dev"].hub_id), ("somebody/gated", "somebody/gated")]
+)
+def test_gated_weights_that_arent_given_are_exit_code_1_before_anything_starts(
+    name: str, hub_id: str, hub: type[Hub], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(hub, "gated", (hub_id,))
+    done = asked_for(name, tmp_path)
+    assert (done.exit_code, done.output.count("\n")) == (1, 1)
+    assert (
+        f"weights of {hub_id} can't be reached (GatedRepoError): accept their terms on the hub and set HF_TOKEN, or "
+        in done.output
+    )
 
 
 def test_what_is_half_in_the_cache_is_exit_code_1(sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from diffusion_fast.optimizations import approximation, compilation, layers, num
 from diffusion_fast.optimizations.registry import (
     OPTIMIZATIONS,
     STAGES,
+    WORDS,
     Build,
     Optimization,
     compiles,
@@ -32,6 +33,7 @@ from diffusion_fast.optimizations.registry import (
 __all__ = (
     "OPTIMIZATIONS",
     "STAGES",
+    "WORDS",
     "Build",
     "Optimization",
     "compiles",

@@ -389,7 +389,7 @@ def _guided(steps: int) -> int:
 
 @optimization(
     stage="approximate",
-    model_needs="unet",
+    model_needs="guidance_that_ends",
     lossless=False,
     same_work=False,
     needs_guidance=True,

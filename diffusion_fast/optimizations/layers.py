@@ -38,7 +38,8 @@ def sdpa(build: Build) -> dict[str, Any]:
 
     changed, left = 0, []
     for name, network in build.networks():
-        if hasattr(network, "set_attn_processor") and not hasattr(network, "set_default_attn_processor"):
+        settable = hasattr(network, "set_attn_processor") or network is build.denoiser
+        if settable and not hasattr(network, "set_default_attn_processor"):
             fused = scores.fuse(network)
             if not fused:
                 raise RuntimeError(f"sdpa: no attention of {name} has scores")

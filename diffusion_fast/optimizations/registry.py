@@ -137,6 +137,23 @@ class Optimization:
 
 OPTIMIZATIONS: dict[str, Optimization] = {}
 
+# What a model hasn't got that lacks what `model_needs` says, or has no guidance of the kind: "it has no …".
+WORDS = {
+    "unet": "UNet",
+    "transformer": "transformer for a denoiser",
+    "plain_attention": "attention as plain as a UNet's",
+    "fusable_projections": "projections that diffusers can fuse",
+    "wide_vae_heads": "VAE with a head too wide for fused attention",
+    "small_1x1_convolutions": "1×1 convolutions of 128 channels",
+    "chained_blocks": "transformer blocks in a row",
+    "group_norms": "group norms",
+    "cacheable_blocks": "blocks that diffusers' first-block cache knows",
+    "tiny_vae_hub_id": "tiny VAE that is known here",
+    "fp16_vae_hub_id": "VAE known here that stays finite in fp16",
+    "classifier_free_guidance": "guidance by a second row of each step",
+    "guidance_that_ends": "guidance that a callback can end",
+}
+
 
 def optimization(
     *, stage: str, requires: tuple[str | tuple[str, ...], ...] = (), **declared: Any
