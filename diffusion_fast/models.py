@@ -124,6 +124,7 @@ FLUX_DEV = Model(
     cacheable_blocks=True,
     written_out=True,
     lacks=("plain_attention",),  # its processor turns queries and keys by position
+    large=True,
     hub_id="black-forest-labs/FLUX.1-dev",
     configs="flux1-dev",
     tiny_vae_hub_id="madebyollin/taef1",

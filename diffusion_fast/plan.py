@@ -25,7 +25,7 @@ from diffusion_fast.optimizations import (
     same_work,
 )
 from diffusion_fast.recipes import ABLATION, ABOUT_ONE, LADDERS
-from diffusion_fast.spec import REFERENCE, Ladder, Model, Recipe, RunSpec
+from diffusion_fast.spec import DTYPES, REFERENCE, Ladder, Model, Recipe, RunSpec
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 T = TypeVar("T")
@@ -341,29 +341,15 @@ def find_ladder(name: str, device: Device, model: Model, about: str = "") -> tup
 
     Ladders are written once for all. A name that runs on another device, or changes what the model hasn't got, is left
     out of all rungs, and a rung that differed from an earlier one by such names alone is left out, because it would
-    measure nothing new. `ablation` is written as one recipe, and becomes that and one for each of its names. `about` is
-    a recipe of any ladder, for one that is about a single one. Raises ValueError for others, and unknown names.
+    measure nothing new; so is, of a large model, what is in fp32. `ablation` is written as one recipe, and becomes that
+    and one for each of its names. `about` is a recipe of any ladder, for one that is about a single one.
+
+    Raises ValueError where there is no such ladder or recipe, or nothing is left.
     """
-    recipes = lookup("ladder", name, LADDERS)
-    if about:
-        if name not in ABOUT_ONE:
-            raise ValueError(
-                f"--recipe is for ladders about one recipe: {' and '.join(ABOUT_ONE)}; {name} has its own."
-            )
-        others = {each.name: each for ladder in LADDERS if ladder not in ABOUT_ONE for each in LADDERS[ladder]}
-        chosen = lookup("recipe", about, others)
-        recipes = tuple(replace(chosen, name=each.name) for each in recipes)
-    absent: dict[str, str] = {}
-    for each in (name for recipe in recipes for name in recipe.optimizations):
-        known = OPTIMIZATIONS[each]
-        if device.kind not in known.devices:
-            absent[each] = f"it runs on another device than this {device.kind}"
-        elif device.capability is not None and device.capability < known.min_capability:
-            absent[each] = f"{device.name} has too low a compute capability"
-        elif not applies(known, model):
-            absent[each] = f"{model.name} has no {lacked(known, model)}"
-    fitted: dict[Recipe, Recipe] = {}  # each as it was written, and as it can be measured
+    recipes = _written(name, about)
+    absent = _absent(recipes, device, model)
     notes = [f"{each} is left out: {why}" for each, why in absent.items()]
+    fitted: dict[Recipe, Recipe] = {}  # each as it was written, and as it can be measured
     for recipe in recipes:
         fits = replace(recipe, optimizations=tuple(each for each in recipe.optimizations if each not in absent))
         same = [
@@ -373,12 +359,42 @@ def find_ladder(name: str, device: Device, model: Model, about: str = "") -> tup
         ]
         if same:
             notes.append(f"the rung {recipe.name} is left out: here it would be {same[-1].name} again")
+        elif model.large and not set(recipe.optimizations) & set(DTYPES):
+            notes.append(f"the rung {recipe.name} is left out: {model.name} is too large for fp32")
         else:
             fitted[recipe] = fits
+    if not fitted:
+        raise ValueError(f"Nothing of {about or name} is left: {model.name} is too large for fp32.")
     if name == ABLATION:
         (full,) = fitted.values()
         return (full, *_without_each(full, model, device)), tuple(notes)
     return tuple(fitted.values()), tuple(notes)
+
+
+def _written(name: str, about: str) -> tuple[Recipe, ...]:
+    """A ladder as it is written, of another recipe where it is about one."""
+    recipes = lookup("ladder", name, LADDERS)
+    if not about:
+        return recipes
+    if name not in ABOUT_ONE:
+        raise ValueError(f"--recipe is for ladders about one recipe: {' and '.join(ABOUT_ONE)}; {name} has its own.")
+    others = {each.name: each for ladder in LADDERS if ladder not in ABOUT_ONE for each in LADDERS[ladder]}
+    chosen = lookup("recipe", about, others)
+    return tuple(replace(chosen, name=each.name) for each in recipes)
+
+
+def _absent(recipes: Iterable[Recipe], device: Device, model: Model) -> dict[str, str]:
+    """The names that can't be applied, each with the reason."""
+    found: dict[str, str] = {}
+    for each in (name for recipe in recipes for name in recipe.optimizations):
+        known = OPTIMIZATIONS[each]
+        if device.kind not in known.devices:
+            found[each] = f"it runs on another device than this {device.kind}"
+        elif device.capability is not None and device.capability < known.min_capability:
+            found[each] = f"{device.name} has too low a compute capability"
+        elif not applies(known, model):
+            found[each] = f"{model.name} has no {lacked(known, model)}"
+    return found
 
 
 def _without_each(full: Recipe, model: Model, device: Device) -> Iterator[Recipe]:

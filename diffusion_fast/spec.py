@@ -68,6 +68,7 @@ class Model(_Json):
     prompt: str = "ghibli style, a fantasy landscape with castles"  # diffusion-fast's own
     small_world: bool = False  # paints the scenes of world.py, so that what it paints can be judged
     cacheable_blocks: bool = False  # its transformer's blocks are such as diffusers' first-block cache knows
+    large: bool = False  # in fp32 it takes most of a GPU of 80 GB: its ladders begin in 16 bits
     outliers: bool = False  # a few channels are made much larger, as trained weights have them, see outliers.py
     scheduler: str = ""  # class in diffusers, in the place of the one that comes with the weights
     left_out: tuple[str, ...] = ()  # components of the pipeline that do without

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from diffusion_fast.models import MODELS, WeightsUnreachableError, check_hub
+from diffusion_fast.models import MODELS, PACKAGE, WeightsUnreachableError, check_hub
 from diffusion_fast.spec import Model
 
 DENOISERS = ("unet", "transformer")
@@ -35,6 +35,8 @@ FEW_STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 # Of a transformer that no entry is like nobody has seen that it has any of these.
 UNKNOWN_LACK = ("fusable_projections", "plain_attention", "guidance_that_ends")
+# Fields of a UNet's config that decide how large its linear layers are.
+SIZES = ("block_out_channels", "transformer_layers_per_block", "cross_attention_dim", "in_channels")
 BINNING = "use_resolution_binning"  # an argument by which a call paints another size than was asked for
 
 
@@ -113,10 +115,22 @@ def describe(
         written_out=known.written_out if known else denoiser == "transformer",
         lacks=known.lacks if known else UNKNOWN_LACK if denoiser == "transformer" else (),
         cacheable_blocks=known.cacheable_blocks if known else False,
+        large=known.large if known else False,
         call_arguments=known.call_arguments if known else usual,
         left_out=known.left_out if known else (),
+        int8_excluded_shapes=_excluded_shapes(kind, denoiser, config),
         **more,
     )
+
+
+def _excluded_shapes(kind: str, denoiser: str, config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+    """The published list of an entry whose denoiser has layers of the same sizes: then a name means the same layers."""
+    for entry in MODELS.values():
+        if entry.pipeline == kind and entry.int8_excluded_shapes and entry.configs:
+            listed = json.loads((PACKAGE / "configs" / entry.configs / f"{denoiser}.json").read_text())
+            if all(json.dumps(listed.get(each)) == json.dumps(config.get(each)) for each in SIZES):
+                return entry.int8_excluded_shapes
+    return ()
 
 
 def _distilled(kind: str, config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Model | None:

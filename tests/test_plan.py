@@ -66,7 +66,7 @@ def test_every_ladder_plans_for_every_model_on_a_cpu_and_on_a_gpu() -> None:
                 ladder = planned(name, device, model)
                 left_out = [note for note in ladder.notes if note.startswith("the rung")]
                 assert len(ladder.rungs) == len(LADDERS[name]) - len(left_out)
-                lacking = any(f"{model} has no" in note for note in ladder.notes)
+                lacking = any(f"{model} has no" in note or "too large for fp32" in note for note in ladder.notes)
                 assert not left_out or (name, device) == ("fast", CPU) or lacking
 
 
@@ -188,6 +188,16 @@ def test_a_ladder_about_one_recipe_takes_any_ladders() -> None:
         rungs("fast", "fp8")
     with pytest.raises(ValueError, match="There is no recipe 'fp9': the nearest are fp8"):
         rungs(AA, "fp9")
+
+
+def test_a_large_models_ladders_begin_in_16_bits_and_its_reference_does_not() -> None:
+    ladder = planned(device=H100, model="flux-schnell", weights="random")
+    assert [spec.rung for spec in ladder.rungs][:2] == ["00-bf16", "01-sdpa"]
+    assert ladder.reference.optimizations == ()
+    assert "the rung baseline is left out: flux-schnell is too large for fp32" in ladder.notes
+    assert planned("turbo", H100, "flux-schnell").rungs[0].recipe == "plain"
+    with pytest.raises(ValueError, match="Nothing of baseline is left: flux-dev is too large for fp32"):
+        planned(AA, H100, "flux-dev", about="baseline")
 
 
 def test_a_control_that_rounds_to_the_steps_of_another_is_left_out() -> None:

@@ -137,7 +137,8 @@ def test_a_pipeline_that_says_its_size_itself_is_asked(lumina: Path) -> None:
 def test_what_is_known_of_a_class_is_so_of_a_folder_of_it(name: str, tmp_path: Path) -> None:
     """No weights are read, so that there are none here: the configs are the entry's, at full size."""
     entry, found = MODELS[name], described(name, tmp_path)
-    same = ("denoiser", "height", "width", "guidance", "multiple", "lacks", "written_out", "cacheable_blocks")
+    same = ("denoiser", "height", "width", "guidance", "multiple", "lacks", "written_out", "cacheable_blocks", "large")
+    assert found.int8_excluded_shapes == entry.int8_excluded_shapes  # int8_dynamic means the same layers
     for field in (*same, "least_steps", "chained_blocks"):
         assert getattr(found, field) == getattr(entry, field), field
     applying = {each for each, known in OPTIMIZATIONS.items() if plan.applies(known, entry)}
