@@ -24,7 +24,7 @@ from diffusion_fast.optimizations import (
     eight_bit_formats,
     same_work,
 )
-from diffusion_fast.recipes import ABLATION, ABOUT_ONE, LADDERS
+from diffusion_fast.recipes import ABLATION, ABOUT_ONE, BASELINE, BF16, LADDERS
 from diffusion_fast.spec import DTYPES, REFERENCE, Ladder, Model, Recipe, RunSpec
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -341,14 +341,17 @@ def find_ladder(name: str, device: Device, model: Model, about: str = "") -> tup
 
     Ladders are written once for all. A name that runs on another device, or changes what the model hasn't got, is left
     out of all rungs, and a rung that differed from an earlier one by such names alone is left out, because it would
-    measure nothing new; so is, of a large model, what is in fp32. `ablation` is written as one recipe, and becomes that
-    and one for each of its names. `about` is a recipe of any ladder, for one that is about a single one.
+    measure nothing new. Of a large model bf16 stands for what is in fp32. `ablation` is written as one recipe, and
+    becomes that and one for each of its names. `about` is a recipe of any ladder, for one that is about a single one.
 
-    Raises ValueError where there is no such ladder or recipe, or nothing is left.
+    Raises ValueError where there is no such ladder or recipe.
     """
-    recipes = _written(name, about)
+    written = _written(name, about)
+    recipes = _in_16_bits(written) if model.large else written
     absent = _absent(recipes, device, model)
     notes = [f"{each} is left out: {why}" for each, why in absent.items()]
+    if recipes != written:
+        notes.append(f"bf16 in the place of what is in fp32: {model.name} is too large for that")
     fitted: dict[Recipe, Recipe] = {}  # each as it was written, and as it can be measured
     for recipe in recipes:
         fits = replace(recipe, optimizations=tuple(each for each in recipe.optimizations if each not in absent))
@@ -359,12 +362,8 @@ def find_ladder(name: str, device: Device, model: Model, about: str = "") -> tup
         ]
         if same:
             notes.append(f"the rung {recipe.name} is left out: here it would be {same[-1].name} again")
-        elif model.large and not set(recipe.optimizations) & set(DTYPES):
-            notes.append(f"the rung {recipe.name} is left out: {model.name} is too large for fp32")
         else:
             fitted[recipe] = fits
-    if not fitted:
-        raise ValueError(f"Nothing of {about or name} is left: {model.name} is too large for fp32.")
     if name == ABLATION:
         (full,) = fitted.values()
         return (full, *_without_each(full, model, device)), tuple(notes)
@@ -381,6 +380,16 @@ def _written(name: str, about: str) -> tuple[Recipe, ...]:
     others = {each.name: each for ladder in LADDERS if ladder not in ABOUT_ONE for each in LADDERS[ladder]}
     chosen = lookup("recipe", about, others)
     return tuple(replace(chosen, name=each.name) for each in recipes)
+
+
+def _in_16_bits(recipes: Iterable[Recipe]) -> tuple[Recipe, ...]:
+    """With bf16 in the place of a baseline in fp32, and once alone."""
+    found = []
+    for each in recipes:
+        exact = not set(each.optimizations) & set(DTYPES)
+        in_bf16 = replace(BF16, name=BF16.name if each.name == BASELINE.name else each.name)
+        found.append(in_bf16 if exact else each)
+    return tuple(dict.fromkeys(found))
 
 
 def _absent(recipes: Iterable[Recipe], device: Device, model: Model) -> dict[str, str]:
