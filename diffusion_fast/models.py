@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from diffusion_fast.spec import Model, RunSpec
 PACKAGE = Path(__file__).parent
 CHECKSUMS = "SHA256SUMS"  # in a folder of weights, as sha256sum writes and checks it
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
+HUB_SECONDS = 5.0  # that the hub has to answer in
 
 # Linears that the seed's int8 filter leaves in bf16: it measured them as slower or too lossy. SDXL's own shapes.
 SDXL_INT8_EXCLUDED = (
@@ -313,14 +315,30 @@ def verify(folder: Path, required: bool = False) -> None:
 
 
 def check_hub(hub_id: str, file: str, listed: bool = True) -> None:
-    """Make sure that the hub answers, or its local cache has the file. Raises WeightsUnreachableError within 5 s."""
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    """Make sure that the hub gives what it has, or its local cache has the file.
+
+    Raises WeightsUnreachableError where the hub has nothing for us, or doesn't answer within 5 s.
+    """
+    from huggingface_hub import try_to_load_from_cache
 
     files = file, f"{file}.index.json"  # large weights are several files, and an index of them
     if any(isinstance(try_to_load_from_cache(hub_id, name), str) for name in files):
         return
     try:
-        if HfApi().model_info(hub_id, timeout=5).gated:  # the hub tells everybody about them, and gives them to some
-            HfApi().auth_check(hub_id)
+        _ask_hub(hub_id)
     except Exception as error:  # the hub client's own, its HTTP library's, the operating system's
         raise WeightsUnreachableError(hub_id, error, listed) from error
+
+
+def _ask_hub(hub_id: str) -> None:
+    """Raises what the hub's client does where there is no such repository, or it isn't for us."""
+    from huggingface_hub import HfApi, get_session
+    from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
+
+    end, hub = time.monotonic() + HUB_SECONDS, HfApi()
+    if hub.model_info(hub_id, timeout=HUB_SECONDS).gated is False:
+        return
+    # The hub tells everybody about gated weights, and gives them to some. `hub.auth_check` asks the same, and would
+    # wait for ever for an answer.
+    address, left = f"{hub.endpoint}/api/models/{hub_id}/auth-check", max(end - time.monotonic(), 0.1)
+    hf_raise_for_status(get_session().get(address, headers=build_hf_headers(), timeout=left))

@@ -241,11 +241,15 @@ def byte_tokenizer(start_id: int = 49406) -> Any:
 
 def _vanilla_attention(build: Build) -> None:
     """The baseline's attention: scores as one explicit matrix, in the denoiser, the VAE and the text encoders."""
+    from diffusers.models.attention_processor import AttnProcessor
+
     from diffusion_fast import scores
 
     for _, network in build.networks():
         if hasattr(network, "set_default_attn_processor"):
             network.set_default_attn_processor()
+            if {type(processor) for processor in network.attn_processors.values()} != {AttnProcessor}:
+                scores.write_out(network)  # HunyuanDiT's default is a fused kernel
         elif hasattr(network, "set_attn_processor") or network is build.denoiser:
             scores.write_out(network)
         elif hasattr(network, "set_attn_implementation"):

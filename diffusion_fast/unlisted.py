@@ -37,6 +37,10 @@ FEW_STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 UNKNOWN_LACK = ("fusable_projections", "plain_attention", "guidance_that_ends")
 # Fields of a UNet's config that decide how large its linear layers are.
 SIZES = ("block_out_channels", "transformer_layers_per_block", "cross_attention_dim", "in_channels")
+# How sources say how many pixels a latent is, where it is as the VAE's levels make it: doubled by each but the first.
+PIXELS = ("2 ** (len(self.vae.config.block_out_channels) - 1)", "8")
+# What FLUX is given to make rows of latents. FLUX.2 takes them for 2×2 already.
+PACKING = ("latents", "batch_size", "num_channels_latents", "height", "width")
 BINNING = "use_resolution_binning"  # an argument by which a call paints another size than was asked for
 
 
@@ -96,7 +100,9 @@ def describe(
     elif known:
         height, width = known.height, known.width
     else:
-        raise ValueError(f"{kind} isn't known here: its own size of pictures can't be told from its configs.")
+        raise ValueError(
+            f"{kind} isn't known here: its own size of pictures can't be told from its configs or its source."
+        )
     usual = ((BINNING, False),) if BINNING in defaults else ()
     return Model(
         name=name,
@@ -174,6 +180,9 @@ def _read(name: str, folder: Path | None, read: Callable[[str], dict[str, Any]])
     defaults = call_defaults(kind)
     if absent := [each for each in GIVEN if each not in defaults]:
         raise ValueError(f"{kind} doesn't go from text to image as is measured here: its call takes no {absent[0]}.")
+    packing = next((each.args.args for each in _methods(kind) if each.name == "_pack_latents"), [])
+    if packing and tuple(each.arg for each in packing if each.arg != "self") != PACKING:
+        raise ValueError(f"{kind} isn't known here: it makes rows of latents otherwise than FLUX does.")
     vae = read("vae/config.json") if "vae" in parts else {}
     levels = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
     config = read(f"{denoiser}/config.json")
@@ -204,13 +213,19 @@ def call_defaults(kind: str) -> dict[str, Any]:
 
 
 def default_sample_size(kind: str) -> int | None:
-    """The latents a side of a pipeline's pictures, where it says so itself and its denoiser's config doesn't."""
-    for node in (each for method in _methods(kind) if method.name == "__init__" for each in ast.walk(method)):
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "self.default_sample_size":
-            # A number, or a choice between the denoiser's and one for where it has none.
-            value = node.value.orelse if isinstance(node.value, ast.IfExp) else node.value
-            return value.value if isinstance(value, ast.Constant) and isinstance(value.value, int) else None
-    return None
+    """The latents a side of a pipeline's pictures, where it says so itself and its denoiser's config doesn't.
+
+    None also where a latent isn't as many pixels to it as its VAE's levels make of it: Bria's are of 2×2 latents.
+    """
+    nodes = [each for method in _methods(kind) if method.name == "__init__" for each in ast.walk(method)]
+    given = {ast.unparse(each.targets[0]): each.value for each in nodes if isinstance(each, ast.Assign)}
+    pixels, size = given.get("self.vae_scale_factor"), given.get("self.default_sample_size")
+    # Of the VAE, or a number for where it has none; a number, or a choice between the denoiser's and one likewise.
+    pixels = pixels.body if isinstance(pixels, ast.IfExp) else pixels
+    size = size.orelse if isinstance(size, ast.IfExp) else size
+    if pixels is None or ast.unparse(pixels) not in PIXELS:
+        return None
+    return size.value if isinstance(size, ast.Constant) and isinstance(size.value, int) else None
 
 
 @functools.cache

@@ -11,20 +11,22 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import FluxPipeline, Lumina2Pipeline, Lumina2Transformer2DModel, SanaPipeline
+from diffusers import FluxPipeline, HunyuanDiT2DModel, Lumina2Pipeline, Lumina2Transformer2DModel, SanaPipeline
+from diffusers.models.attention_processor import HunyuanAttnProcessor2_0
 
 from diffusion_fast import chained, plan, scores, spool, unlisted
 from diffusion_fast import ladder as climbing
 from diffusion_fast.cli import main
 from diffusion_fast.models import MODELS, PACKAGE, WEIGHTS_FILE, WeightsUnreachableError, check_weights, model_of
-from diffusion_fast.optimizations import OPTIMIZATIONS
-from diffusion_fast.pipeline import _from_config, build_pipeline, call
+from diffusion_fast.optimizations import OPTIMIZATIONS, Build
+from diffusion_fast.pipeline import _from_config, _vanilla_attention, build_pipeline, call
 from diffusion_fast.spec import Ladder, Model, Recipe, Result, RunSpec
 from tests.conftest import CPU, planned
 from tests.miniatures import LONG_CONTEXT, NAMES, saved
@@ -119,6 +121,20 @@ def test_attention_that_cant_be_set_is_written_out_nevertheless(lumina: Path, mo
     assert abs(pictures[0] - pictures[1]).max() <= 1
 
 
+def test_a_default_that_is_a_fused_kernel_is_written_out_and_given_back(lumina: Path) -> None:
+    """By diffusers' AttnProcessor2_0, which sdpa gives networks whose default is vanilla, it would lose its turns."""
+    model = plan.find_model(str(lumina))
+    (spec,) = plan.plan_ladder("run", (Recipe("mine", ("sdpa",)),), model, CPU, plan.Settings()).rungs
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "hidden_size": 16, "in_channels": 4, "patch_size": 2}
+    network = HunyuanDiT2DModel(num_layers=2, sample_size=8, cross_attention_dim=8, cross_attention_dim_t5=8, **sizes)
+    pipe = SimpleNamespace(transformer=network, components={"transformer": network})
+    build = Build(model, spec, pipe=pipe)
+    _vanilla_attention(build)
+    assert {type(each) for each in network.attn_processors.values()} == {scores.WithScores}
+    assert OPTIMIZATIONS["sdpa"].apply(build) == {"attention_layers": 2 * 2}
+    assert {type(each) for each in network.attn_processors.values()} == {HunyuanAttnProcessor2_0}
+
+
 def test_what_nobody_has_seen_of_a_transformer_is_refused_before_it_is_loaded(lumina: Path) -> None:
     model = plan.find_model(str(lumina))
     with pytest.raises(ValueError, match="fused_qkv can't be applied to lumina: it has no projections that"):
@@ -131,6 +147,24 @@ def test_a_pipeline_that_says_its_size_itself_is_asked(lumina: Path) -> None:
     assert plan.find_model(str(lumina)).height == 128 * 8
     assert unlisted.default_sample_size("ChromaPipeline") == 128
     assert unlisted.default_sample_size("StableDiffusionPipeline") is None  # its denoiser's config does
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("BriaPipeline", "its own size of pictures can't be told from its configs or its source"),  # 2×2 latents each
+        ("Flux2Pipeline", "it makes rows of latents otherwise than FLUX does"),
+        ("QwenImagePipeline", "its call has no default for its guidance scale or number of steps"),
+        ("ZImagePipeline", "its own size of pictures can't be told from its configs or its source"),
+    ],
+)
+def test_what_would_be_painted_in_another_size_or_not_at_all_is_refused(kind: str, reason: str, tmp_path: Path) -> None:
+    described("flux-dev", tmp_path)  # whose transformer's config has no size
+    (tmp_path / unlisted.INDEX).write_text(
+        json.dumps({"_class_name": kind} | {part: ["diffusers", "AnyClass"] for part in ("transformer", "vae")})
+    )
+    with pytest.raises(ValueError, match=f"^{kind} isn't known here: {reason}.$"):
+        plan.find_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -424,6 +458,36 @@ def test_gated_weights_that_arent_given_are_exit_code_1_before_anything_starts(
         f"weights of {hub_id} can't be reached (GatedRepoError): accept their terms on the hub and set HF_TOKEN, or "
         in done.output
     )
+
+
+def test_a_hub_that_goes_silent_is_waited_for_no_longer_than_was_said(
+    hub: type[Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where it told about gated weights, and is asked for whether they are given."""
+    told, answer = threading.Event(), hub.do_GET
+
+    def fall_silent(self: Hub) -> None:
+        if self.path.endswith("/auth-check"):
+            told.wait(10)
+        else:
+            answer(self)
+
+    monkeypatch.setattr("diffusion_fast.models.HUB_SECONDS", 0.5)
+    monkeypatch.setattr(hub, "gated", (MODELS["flux-dev"].hub_id,))
+    monkeypatch.setattr(hub, "do_GET", fall_silent)
+    try:
+        with pytest.raises(WeightsUnreachableError, match=r"FLUX\.1-dev can't be reached \(ReadTimeout\)"):
+            check_weights(MODELS["flux-dev"], "pretrained")
+    finally:
+        told.set()
+
+
+def test_gated_weights_in_the_cache_are_taken_without_a_question(
+    hub: type[Hub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, file: file)
+    check_weights(MODELS["flux-dev"], "pretrained")
+    assert hub.asked_with == []
 
 
 def test_what_is_half_in_the_cache_is_exit_code_1(sd15: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

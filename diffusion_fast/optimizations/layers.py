@@ -18,9 +18,10 @@ from diffusion_fast.optimizations.registry import Build, optimization
 @optimization(
     stage="attention",
     code="""
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 for name, network in pipe.components.items():
-    if hasattr(network, "set_default_attn_processor"):  # others have fused attention alone
+    kinds = {type(processor) for processor in getattr(network, "attn_processors", {}).values()}
+    if kinds and kinds <= {AttnProcessor, AttnProcessor2_0}:  # others have fused attention alone
         network.set_attn_processor(AttnProcessor2_0())
     elif name.startswith("text_encoder") and network._supports_sdpa:
         network.set_attn_implementation("sdpa")
@@ -39,7 +40,9 @@ def sdpa(build: Build) -> dict[str, Any]:
     changed, left = 0, []
     for name, network in build.networks():
         settable = hasattr(network, "set_attn_processor") or network is build.denoiser
-        if settable and not hasattr(network, "set_default_attn_processor"):
+        processors = getattr(network, "attn_processors", {}).values()
+        written_out = any(isinstance(each, scores.WithScores) for each in processors)
+        if settable and (written_out or not hasattr(network, "set_default_attn_processor")):
             fused = scores.fuse(network)
             if not fused:
                 raise RuntimeError(f"sdpa: no attention of {name} has scores")
