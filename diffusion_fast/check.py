@@ -161,8 +161,10 @@ def _unpaired(baseline: list[Row], candidate: list[Row], aa: list[Row]) -> tuple
     logs = {key: list(_by_ladder(rows).values()) for key, rows in by_recipe.items()}
     several = {key: each for key, each in logs.items() if len(each) > 1}
     own = {_recipe(row)[1] for row in (*baseline, *candidate)}
-    # Of these very recipes where there are such: an eager one says little of the noise of one that is compiled.
-    known = {key: each for key, each in several.items() if key[1] in own} or several
+    # Of these very recipes, where both have some: an eager one says little of the noise of one that is compiled.
+    known = {key: each for key, each in several.items() if key[1] in own}
+    if {key[1] for key in known} != own:
+        known = several
     if not known:
         return (
             stats.Ratio(math.exp(statistics.mean(ours) - statistics.mean(theirs)), 1),

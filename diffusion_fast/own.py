@@ -37,8 +37,9 @@ def optimize(pipe: Any, *names: str, compile_mode: str = "default", example: Map
 
     Raises ValueError where these names don't go together, or not with this pipeline or device, or where a call of it
     fails that they need, before anything is changed; RuntimeError where one finds nothing to change. Then what was
-    applied before it stays applied: a note of the error says what, and a second attempt is refused. What shows in a
-    call alone, that a graph was compiled or captured, is not checked, as it is in a measurement.
+    applied before it stays applied, and perhaps a part of its own: a note of the error says what, and a second attempt
+    is refused. What shows in a call alone, that a graph was compiled or captured, is not checked, as it is in a
+    measurement.
     """
     import torch
 
@@ -71,9 +72,10 @@ def optimize(pipe: Any, *names: str, compile_mode: str = "default", example: Map
                 pipe.to(getattr(torch, build.dtype))
             apply(build, lambda stage: begun.append(stage.removeprefix("applying ")), before_loading=False)
         except BaseException as error:
-            if left := _left_by(error, names, spec.optimizations, begun):
-                pipe._optimized_by_diffusion_fast = f"This pipeline stays half optimized, by {left}: load it anew."
-                error.add_note(pipe._optimized_by_diffusion_fast)
+            # The last of them may have changed something before it failed, and nobody knows what.
+            half = " and ".join(begun) or "a conversion"
+            pipe._optimized_by_diffusion_fast = f"This pipeline stays half optimized, by {half}: load it anew."
+            error.add_note(pipe._optimized_by_diffusion_fast)
             raise
     pipe._optimized_by_diffusion_fast = WHOLE
     return pipe
@@ -197,14 +199,3 @@ def _try_a_call(build: Build) -> None:
             f"{' and '.join(calling)} would call the pipeline, and such a call fails ({type(error).__name__}: {said}): "
             "give what it needs in example=."
         ) from error
-
-
-def _left_by(error: BaseException, given: tuple[str, ...], planned: tuple[str, ...], begun: list[str]) -> str:
-    """What an attempt that failed has changed: names out of `given`, which are applied in the order of `planned`.
-
-    `begun` are those that came after the stage `load`, the last of them the one that failed. Empty: a first one found
-    nothing to change, and says so by a plain RuntimeError.
-    """
-    done = planned[: planned.index(begun[-1])] if begun else planned
-    left = [name for name in done if name in given and (begun or OPTIMIZATIONS[name].stage == "load")]
-    return " and ".join(left or (() if type(error) is RuntimeError else begun))

@@ -255,34 +255,38 @@ def _steps(recipe: Recipe, model: Model, settings: Settings) -> int:
 def _worth_measuring(
     recipes: tuple[Recipe, ...], model: Model, settings: Settings, scale: float
 ) -> tuple[tuple[Recipe, ...], tuple[str, ...]]:
-    """Without those that these settings leave nothing of, where others are left, and what is to be said of modes."""
+    """Without those that these settings leave nothing of, and what is to be said of them and of modes.
+
+    The first is what the others are compared with: where it is among them all are left, for others to refuse.
+    """
     notes = []
-    left = tuple(
-        each for each in recipes if scale > 1 or not any(OPTIMIZATIONS[name].needs_guidance for name in _known(each))
-    )
-    if left and left != recipes:
-        out = ", ".join(each.name for each in recipes if each not in left)
-        notes.append(f"{out} left out: there is no guidance at {scale:g}")
-        recipes = left
-    seen: dict[Recipe, str] = {}
-    kept = []
+    guided = [each for each in recipes if scale <= 1 and _needs_guidance(each)]
+    if guided and recipes[0] not in guided:
+        notes.append(f"{', '.join(each.name for each in guided)} left out: there is no guidance at {scale:g}")
+        recipes = tuple(each for each in recipes if each not in guided)
+    kept: list[Recipe] = []
     for each in recipes:
-        alike = replace(each, name="", steps_share=_steps(each, model, settings))
-        if each.steps_share < 1 and alike in seen:
-            notes.append(f"the rung {each.name} is left out: here it would be {seen[alike]} again")
+        same = next((old for old in kept if _same_steps(old, each, model, settings)), None)
+        if same:
+            notes.append(f"the rung {each.name} is left out: here it would be {same.name} again")
         else:
-            seen.setdefault(alike, each.name)
             kept.append(each)
     fixed = [each for each in kept if settings.compile_mode and each.compile_mode not in ("", settings.compile_mode)]
-    if fixed:
-        notes.append(
-            f"{', '.join(each.name for each in fixed)}: compile mode {fixed[0].compile_mode}, as the names say"
-        )
+    notes += [f"{each.name} stays in compile mode {each.compile_mode}: it is about that" for each in fixed]
     return tuple(kept), tuple(notes)
 
 
-def _known(recipe: Recipe) -> list[str]:
-    return [name for name in recipe.optimizations if name in OPTIMIZATIONS]
+def _needs_guidance(recipe: Recipe) -> bool:
+    return any(OPTIMIZATIONS[name].needs_guidance for name in recipe.optimizations if name in OPTIMIZATIONS)
+
+
+def _same_steps(one: Recipe, other: Recipe, model: Model, settings: Settings) -> bool:
+    """Whether they are one recipe with different shares of so few steps that these come to the same number."""
+    return (
+        one.steps_share != other.steps_share
+        and replace(one, name="", steps_share=1.0) == replace(other, name="", steps_share=1.0)
+        and _steps(one, model, settings) == _steps(other, model, settings)
+    )
 
 
 def _compile_mode(recipe: Recipe, settings: Settings, device: Device) -> str:
@@ -366,7 +370,8 @@ def find_ladder(name: str, device: Device, model: Model, about: str = "") -> tup
             fitted[recipe] = fits
     if name == ABLATION:
         (full,) = fitted.values()
-        return (full, *_without_each(full, model, device)), tuple(notes)
+        less = [each for each in _without_each(full, model, device) if not (model.large and _in_fp32(each))]
+        return (full, *less), tuple(notes)
     return tuple(fitted.values()), tuple(notes)
 
 
@@ -386,10 +391,13 @@ def _in_16_bits(recipes: Iterable[Recipe]) -> tuple[Recipe, ...]:
     """With bf16 in the place of a baseline in fp32, and once alone."""
     found = []
     for each in recipes:
-        exact = not set(each.optimizations) & set(DTYPES)
         in_bf16 = replace(BF16, name=BF16.name if each.name == BASELINE.name else each.name)
-        found.append(in_bf16 if exact else each)
+        found.append(in_bf16 if _in_fp32(each) else each)
     return tuple(dict.fromkeys(found))
+
+
+def _in_fp32(recipe: Recipe) -> bool:
+    return not set(recipe.optimizations) & set(DTYPES)
 
 
 def _absent(recipes: Iterable[Recipe], device: Device, model: Model) -> dict[str, str]:

@@ -64,9 +64,9 @@ FORECAST_8_BITS = FORECAST.plus("forecast-8-bits", "fp8_rows", "int8_convolution
 # What diffusers' hooks do can't be compiled, so it has controls in eager mode.
 EAGER = replace(SDPA, name="eager")
 HOOKED = (
-    EAGER.plus("feature-reuse", "feature_reuse"),
-    EAGER.plus("first-block-cache", "first_block_cache"),
-    EAGER.plus("pyramid-attention", "pyramid_attention_broadcast"),
+    EAGER.plus("eager-feature-reuse", "feature_reuse"),
+    EAGER.plus("eager-first-block-cache", "first_block_cache"),
+    EAGER.plus("eager-pyramid-attention", "pyramid_attention_broadcast"),
 )
 
 # For a GPU with little memory: each by itself, and two together. Eager, for layerwise casting can't be compiled;

@@ -188,13 +188,16 @@ def noise_floor(frame: pd.DataFrame, others: Iterable[pd.DataFrame]) -> str:
     if _is_sweep(frame):
         return ""
     here = records(frame)[0]
-    said: dict[tuple[str, str], str] = {}
+    said: dict[str, str] = {}
     for other in others:
         rungs = records(summarize(other))
         if len(rungs) == 2 and "speedup_low" in rungs[1] and check.alike(rungs[1], here):
             low, ratio, high = (rungs[1][name] for name in ("speedup_low", "speedup", "speedup_high"))
-            said[rungs[1]["optimizations"], rungs[1]["compile_mode"]] = (
-                f"the same recipe ({rungs[1]['optimizations']}) twice came to {ratio:.3f}× "
+            recipe = ", ".join(
+                filter(None, (str(rungs[1].get(name, "")) for name in ("optimizations", "compile_mode")))
+            )
+            said[recipe] = (
+                f"the same recipe ({recipe}) twice came to {ratio:.3f}× "
                 f"({low:.3f}–{high:.3f}) in {rungs[1]['rounds']} rounds of {rungs[1]['ladder_id']}"
             )
     return f"noise floor: {'; '.join(said.values())}" if said else ""

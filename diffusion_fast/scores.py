@@ -23,7 +23,7 @@ def attend(
 
     query: (..., heads, tokens, features); key and value: (..., heads, other tokens, features), with `enable_gqa` fewer
     heads, each for several of the queries'. attn_mask is added to the scores, or of booleans: False where there is no
-    attention (NaN comes of a row without any). Raises NotImplementedError for what no denoiser asks for.
+    attention, and zeros come of a row without any. Raises NotImplementedError for what no denoiser asks for.
     Vaswani et al. 2017, https://arxiv.org/abs/1706.03762
     """
     if dropout_p or is_causal:
@@ -32,8 +32,9 @@ def attend(
         key, value = (each.repeat_interleave(query.shape[-3] // each.shape[-3], dim=-3) for each in (key, value))
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attn_mask, -torch.inf)
-    elif attn_mask is not None:
+        weights = scores.masked_fill(~attn_mask, -torch.inf).softmax(dim=-1)
+        return weights.masked_fill(~attn_mask.any(-1, keepdim=True), 0) @ value
+    if attn_mask is not None:
         scores = scores + attn_mask
     return scores.softmax(dim=-1) @ value
 

@@ -36,7 +36,7 @@ FEW_STEPS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 # Of a transformer that no entry is like nobody has seen that it has any of these.
 UNKNOWN_LACK = ("fusable_projections", "plain_attention", "guidance_that_ends")
 # Fields of a UNet's config that decide how large its linear layers are.
-SIZES = ("block_out_channels", "transformer_layers_per_block", "cross_attention_dim", "in_channels")
+SIZES = ("_class_name", "block_out_channels", "transformer_layers_per_block", "cross_attention_dim")
 # How sources say how many pixels a latent is, where it is as the VAE's levels make it: doubled by each but the first.
 PIXELS = ("2 ** (len(self.vae.config.block_out_channels) - 1)", "8")
 # What FLUX is given to make rows of latents. FLUX.2 takes them for 2×2 already.
@@ -124,15 +124,15 @@ def describe(
         large=known.large if known else False,
         call_arguments=known.call_arguments if known else usual,
         left_out=known.left_out if known else (),
-        int8_excluded_shapes=_excluded_shapes(kind, denoiser, config),
+        int8_excluded_shapes=_excluded_shapes(denoiser, config),
         **more,
     )
 
 
-def _excluded_shapes(kind: str, denoiser: str, config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+def _excluded_shapes(denoiser: str, config: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
     """The published list of an entry whose denoiser has layers of the same sizes: then a name means the same layers."""
     for entry in MODELS.values():
-        if entry.pipeline == kind and entry.int8_excluded_shapes and entry.configs:
+        if entry.denoiser == denoiser and entry.int8_excluded_shapes and entry.configs:
             listed = json.loads((PACKAGE / "configs" / entry.configs / f"{denoiser}.json").read_text())
             if all(json.dumps(listed.get(each)) == json.dumps(config.get(each)) for each in SIZES):
                 return entry.int8_excluded_shapes

@@ -2,9 +2,9 @@
 
     python scripts/bench_step.py --ladder fast --recipe convolutions --model sdxl --weights random
 
-By CUDA events on the stream, in milliseconds: from one step's network to the next one's, of which the network, and of
-that its graph alone, replayed on what it was given. So what a graph of the whole step could gain at most is what is
-outside of the network and what is copied.
+By CUDA events on the stream, in milliseconds: a step, from one network to the next; what lies between the two; and the
+network with what is copied for its graph, beside that graph alone, replayed after each call on what it was last given.
+What a graph of the whole step could gain at most is what lies between, and what is copied.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def main() -> None:
     chosen = parser.parse_args()
     model, device = plan.find_model(chosen.model), plan.find_device("cuda")
     recipes, _ = plan.find_ladder(chosen.ladder, device, model)
-    recipe = next(each for each in recipes if each.name == chosen.recipe)
+    recipe = plan.lookup("recipe", chosen.recipe, {each.name: each for each in recipes})
     settings = plan.Settings(weights=chosen.weights, accuracy_prompts=0)
     spec = plan.plan_ladder(chosen.ladder, (recipe,), model, device, settings).rungs[0]
     torch.set_grad_enabled(False)
@@ -60,34 +60,24 @@ def measured(build: Any, owner: Any, attribute: str) -> dict[str, float]:
         ends.append(event())
         return made
 
-    steps: list[float] = []
-    networks: list[float] = []
+    found: dict[str, list[float]] = {"a step": [], "between two networks": [], "a network": [], "its graph alone": []}
     setattr(owner, attribute, watched)
     for _ in range(CALLS):
         begins.clear()
         ends.clear()
         call(build)
-        torch.cuda.synchronize()
-        steps += [begin.elapsed_time(after) for begin, after in pairwise(begins)]
-        networks += [begin.elapsed_time(end) for begin, end in zip(begins, ends, strict=True)][:-1]
-    setattr(owner, attribute, graphed)
-    (replay,) = (each.replay for each in graphed.captured.values())
-    graphs: list[float] = []
-    for _ in range(CALLS):
-        events = [event()]
+        (captured,) = graphed.captured.values()
+        replayed = [event()]
         for _ in range(build.spec.steps):
-            replay()
-            events.append(event())
+            captured.replay()
+            replayed.append(event())
         torch.cuda.synchronize()
-        graphs += [begin.elapsed_time(end) for begin, end in pairwise(events)]
-    step, network, graph = (statistics.median(each) for each in (steps, networks, graphs))
-    return {
-        "a step": step,
-        "its network": network,
-        "the network's graph alone": graph,
-        "guidance, scheduler and what waits": step - network,
-        "copied in and out of the graph": network - graph,
-    }
+        found["a step"] += [begin.elapsed_time(after) for begin, after in pairwise(begins)]
+        found["between two networks"] += [end.elapsed_time(begin) for end, begin in zip(ends, begins[1:], strict=False)]
+        found["a network"] += [begin.elapsed_time(end) for begin, end in zip(begins, ends, strict=True)]
+        found["its graph alone"] += [begin.elapsed_time(end) for begin, end in pairwise(replayed)]
+    setattr(owner, attribute, graphed)
+    return {name: statistics.median(values) for name, values in found.items()}
 
 
 if __name__ == "__main__":

@@ -196,6 +196,16 @@ def described(name: str, folder: Path, **schedule: Any) -> Model:
     return plan.find_model(str(folder))
 
 
+def test_an_sdxl_of_another_pipeline_has_the_published_list_too(tmp_path: Path) -> None:
+    folder = Path(described("sdxl", tmp_path).folder)
+    index = json.loads((folder / unlisted.INDEX).read_text())
+    (folder / unlisted.INDEX).write_text(json.dumps(index | {"_class_name": "StableDiffusionXLPAGPipeline"}))
+    assert plan.find_model(str(folder)).int8_excluded_shapes == MODELS["sdxl"].int8_excluded_shapes
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    (folder / "unet" / "config.json").write_text(json.dumps(config | {"cross_attention_dim": 768}))
+    assert plan.find_model(str(folder)).int8_excluded_shapes == ()
+
+
 def test_a_model_with_flux_schnells_configs_takes_its_steps(tmp_path: Path) -> None:
     model = described("flux-schnell", tmp_path)
     assert (model.steps, model.guidance_scale, model.steps_known) == (4, 0.0, True)

@@ -48,6 +48,7 @@ class Build:
         """
         spec = self.spec
         taken = inspect.signature(type(self.pipe).__call__).parameters
+        all_are = any(each.kind is each.VAR_KEYWORD for each in taken.values())
         arguments = {
             "prompt": spec.prompt,
             "guidance_scale": spec.guidance_scale,
@@ -56,7 +57,7 @@ class Build:
             "num_images_per_prompt": spec.batch_size,
         }
         arguments |= {"num_inference_steps": self.model.least_steps, **dict(self.model.call_arguments)}
-        arguments = {name: value for name, value in arguments.items() if name in taken} | self.example
+        arguments = {name: value for name, value in arguments.items() if all_are or name in taken} | self.example
         try:
             self.pipe(**arguments)
         finally:
