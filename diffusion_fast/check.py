@@ -149,8 +149,8 @@ def _unpaired(baseline: list[Row], candidate: list[Row], aa: list[Row]) -> tuple
     counts = f"{len(ours)} and {len(theirs)} ladders"
     if len(ours) > 1 and len(theirs) > 1:
         return stats.ratio_of_two(ours, theirs), f"{counts}, Welch's t"
-    if more := [side for side in (ours, theirs) if len(side) > 1]:
-        return stats.ratio_by_known_spread(ours, theirs, more), f"{counts}, by the spread of the several"
+    if several := [side for side in (ours, theirs) if len(side) > 1]:
+        return stats.ratio_by_known_spread(ours, theirs, several), f"{counts}, by the spread of the several"
     # A ladder of more rounds varies less: only as many of an `aa` count as these ladders have.
     rounds = min(Counter(row["ladder_id"] for row in (*baseline, *candidate)).values())
     enough = {key for key, number in Counter((row["rung"], row["ladder_id"]) for row in aa).items() if number >= rounds}
@@ -159,12 +159,12 @@ def _unpaired(baseline: list[Row], candidate: list[Row], aa: list[Row]) -> tuple
         if row["round"] <= rounds and (row["rung"], row["ladder_id"]) in enough:
             by_recipe.setdefault((row["rung"], _recipe(row)[1]), []).append(row)
     logs = {key: list(_by_ladder(rows).values()) for key, rows in by_recipe.items()}
-    several = {key: each for key, each in logs.items() if len(each) > 1}
+    spreads = {key: each for key, each in logs.items() if len(each) > 1}
     own = {_recipe(row)[1] for row in (*baseline, *candidate)}
     # Of these very recipes, where both have some: an eager one says little of the noise of one that is compiled.
-    known = {key: each for key, each in several.items() if key[1] in own}
+    known = {key: each for key, each in spreads.items() if key[1] in own}
     if {key[1] for key in known} != own:
-        known = several
+        known = spreads
     if not known:
         return (
             stats.Ratio(math.exp(statistics.mean(ours) - statistics.mean(theirs)), 1),

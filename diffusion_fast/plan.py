@@ -22,6 +22,7 @@ from diffusion_fast.optimizations import (
     Optimization,
     compiles,
     eight_bit_formats,
+    needs_guidance,
     same_work,
 )
 from diffusion_fast.recipes import ABLATION, ABOUT_ONE, BASELINE, BF16, LADDERS
@@ -260,7 +261,7 @@ def _worth_measuring(
     The first is what the others are compared with: where it is among them all are left, for others to refuse.
     """
     notes = []
-    guided = [each for each in recipes if scale <= 1 and _needs_guidance(each)]
+    guided = [each for each in recipes if scale <= 1 and needs_guidance(each.optimizations)]
     if guided and recipes[0] not in guided:
         notes.append(f"{', '.join(each.name for each in guided)} left out: there is no guidance at {scale:g}")
         recipes = tuple(each for each in recipes if each not in guided)
@@ -274,10 +275,6 @@ def _worth_measuring(
     fixed = [each for each in kept if settings.compile_mode and each.compile_mode not in ("", settings.compile_mode)]
     notes += [f"{each.name} stays in compile mode {each.compile_mode}: it is about that" for each in fixed]
     return tuple(kept), tuple(notes)
-
-
-def _needs_guidance(recipe: Recipe) -> bool:
-    return any(OPTIMIZATIONS[name].needs_guidance for name in recipe.optimizations if name in OPTIMIZATIONS)
 
 
 def _same_steps(one: Recipe, other: Recipe, model: Model, settings: Settings) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from diffusers import HunyuanDiT2DModel
 from transformers import ByT5Tokenizer
 
 from diffusion_fast.models import MODELS, PACKAGE
@@ -156,3 +157,20 @@ def saved(name: str, folder: Path) -> Path:
         pipe.tokenizer = ByT5Tokenizer()
     pipe.save_pretrained(weights)
     return weights
+
+
+def hunyuan_dit() -> HunyuanDiT2DModel:
+    """A network that no entry has: by default a fused kernel, which turns queries and keys by position."""
+    return HunyuanDiT2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        patch_size=2,
+        hidden_size=16,
+        num_layers=2,
+        cross_attention_dim=8,
+        cross_attention_dim_t5=8,
+        pooled_projection_dim=8,
+        text_len=4,
+        text_len_t5=4,
+    )

@@ -17,7 +17,6 @@ from diffusers import (
     ControlNetModel,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
-    HunyuanDiT2DModel,
     HunyuanDiTPipeline,
     StableDiffusionXLAdapterPipeline,
     StableDiffusionXLControlNetPipeline,
@@ -34,6 +33,7 @@ from diffusion_fast import plan
 from diffusion_fast.models import PACKAGE
 from diffusion_fast.optimizations import OPTIMIZATIONS
 from diffusion_fast.projections import Projection
+from tests.miniatures import hunyuan_dit
 
 PROMPT = "a large red circle above a small blue square on a white background"
 LOSSLESS = (
@@ -85,22 +85,9 @@ def auraflow() -> Any:
 
 def hunyuan() -> Any:
     """A small HunyuanDiTPipeline without a text encoder, whose attention turns queries and keys by position."""
-    transformer = HunyuanDiT2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        patch_size=2,
-        hidden_size=16,
-        num_layers=2,
-        cross_attention_dim=8,
-        cross_attention_dim_t5=8,
-        pooled_projection_dim=8,
-        text_len=4,
-        text_len_t5=4,
-    )
     vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
     nothing = dict.fromkeys(inspect.signature(HunyuanDiTPipeline.__init__).parameters.keys() - {"self"})
-    made = nothing | {"vae": vae, "transformer": transformer, "scheduler": DDIMScheduler()}
+    made = nothing | {"vae": vae, "transformer": hunyuan_dit(), "scheduler": DDIMScheduler()}
     return HunyuanDiTPipeline(**made | {"requires_safety_checker": False})
 
 

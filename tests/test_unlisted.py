@@ -18,7 +18,7 @@ import numpy
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import FluxPipeline, HunyuanDiT2DModel, Lumina2Pipeline, Lumina2Transformer2DModel, SanaPipeline
+from diffusers import FluxPipeline, Lumina2Pipeline, Lumina2Transformer2DModel, SanaPipeline
 from diffusers.models.attention_processor import HunyuanAttnProcessor2_0
 
 from diffusion_fast import chained, plan, scores, spool, unlisted
@@ -29,7 +29,7 @@ from diffusion_fast.optimizations import OPTIMIZATIONS, Build
 from diffusion_fast.pipeline import _from_config, _vanilla_attention, build_pipeline, call
 from diffusion_fast.spec import Ladder, Model, Recipe, Result, RunSpec
 from tests.conftest import CPU, planned
-from tests.miniatures import LONG_CONTEXT, NAMES, saved
+from tests.miniatures import LONG_CONTEXT, NAMES, hunyuan_dit, saved
 
 TOKEN = "hf_a-marker-that-nobody-may-see"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -125,8 +125,7 @@ def test_a_default_that_is_a_fused_kernel_is_written_out_and_given_back(lumina: 
     """By diffusers' AttnProcessor2_0, which sdpa gives networks whose default is vanilla, it would lose its turns."""
     model = plan.find_model(str(lumina))
     (spec,) = plan.plan_ladder("run", (Recipe("mine", ("sdpa",)),), model, CPU, plan.Settings()).rungs
-    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "hidden_size": 16, "in_channels": 4, "patch_size": 2}
-    network = HunyuanDiT2DModel(num_layers=2, sample_size=8, cross_attention_dim=8, cross_attention_dim_t5=8, **sizes)
+    network = hunyuan_dit()
     pipe = SimpleNamespace(transformer=network, components={"transformer": network})
     build = Build(model, spec, pipe=pipe)
     _vanilla_attention(build)
@@ -453,6 +452,7 @@ def test_what_is_there_and_cant_be_read_is_exit_code_1(
     done = asked_for("somebody/gated", tmp_path)
     assert done.exit_code == 1
     assert "weights of somebody/gated can't be reached (GatedRepoError): accept their terms" in done.output
+    assert "or --model FOLDER loads a local copy." in done.output
 
 
 @pytest.mark.parametrize(
@@ -464,10 +464,8 @@ def test_gated_weights_that_arent_given_are_exit_code_1_before_anything_starts(
     monkeypatch.setattr(hub, "gated", (hub_id,))
     done = asked_for(name, tmp_path)
     assert (done.exit_code, done.output.count("\n")) == (1, 1)
-    assert (
-        f"weights of {hub_id} can't be reached (GatedRepoError): accept their terms on the hub and set HF_TOKEN, or "
-        in done.output
-    )
+    terms = "accept their terms on the hub and set HF_TOKEN, or --"
+    assert f"weights of {hub_id} can't be reached (GatedRepoError): {terms}" in done.output
 
 
 def test_a_hub_that_goes_silent_is_waited_for_no_longer_than_was_said(

@@ -26,6 +26,7 @@ from diffusion_fast.optimizations.registry import (
     compiles,
     eight_bit_formats,
     left_out,
+    needs_guidance,
     optimization,
     same_work,
 )
@@ -39,6 +40,7 @@ __all__ = (
     "compiles",
     "eight_bit_formats",
     "left_out",
+    "needs_guidance",
     "optimization",
     "same_work",
 )

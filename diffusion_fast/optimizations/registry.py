@@ -182,6 +182,11 @@ def compiles(names: Iterable[str]) -> bool:
     return any(each.stage == "compile" for each in _known(names))
 
 
+def needs_guidance(names: Iterable[str]) -> bool:
+    """Whether a recipe of these names has no meaning without guidance."""
+    return any(each.needs_guidance for each in _known(names))
+
+
 def eight_bit_formats(names: Iterable[str]) -> tuple[str, str]:
     """The eight-bit formats of linear layers and of convolutions in a recipe of these names, "" where it has none."""
     known = _known(names)
