@@ -170,7 +170,8 @@ def load_package(network: Any, file: Path) -> Any:
     # Single-threaded: it then waits for no events of its own, which a CUDA graph couldn't capture.
     package = torch._inductor.aoti_load_package(str(file), run_single_threaded=True)
     own = _weights(network)
-    constants = torch.load(_constants_of(file), weights_only=True, map_location=next(network.parameters()).device)
+    # Each where it was: beside a network on a GPU some are read by the CPU, through their addresses.
+    constants = torch.load(_constants_of(file), weights_only=True)
     found = {name: own.get(name, constants.get(name)) for name in package.get_constant_fqns()}
     if missing := sorted(name for name, tensor in found.items() if tensor is None):
         raise RuntimeError(f"{file.name} needs {missing[0]}, which the network doesn't have")

@@ -34,9 +34,9 @@ def launch(spec: RunSpec, ladder_folder: Path, timeout_s: float, shared_cache: P
     }
     start = time.monotonic()
     with (folder / spool.LOG).open("w") as log:
-        # A session of its own, so that killing it takes the compiler's processes along.
+        # A session of its own, so that killing it takes the compiler's processes along. A crash leaves its stack.
         process = subprocess.Popen(
-            (sys.executable, "-m", "diffusion_fast.worker", str(folder)),
+            (sys.executable, "-X", "faulthandler", "-m", "diffusion_fast.worker", str(folder)),
             stdin=subprocess.DEVNULL,
             stderr=log,
             env=environment,

@@ -92,6 +92,18 @@ def test_an_exception_in_the_worker_is_a_failure_with_its_traceback_and_log(tmp_
     assert outcome.environment["torch"]
 
 
+def test_a_crash_in_a_library_leaves_where_it_was_in_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, spec = prepared(tmp_path)
+    crash = 'exec {} "$1" "$2" -c "import os; os.kill(os.getpid(), 11)"'
+    impostor(tmp_path, crash.format(sys.executable), monkeypatch)
+    outcome = launch.launch(spec, folder, timeout_s=60)
+    assert isinstance(outcome, Failure)
+    assert "SIGSEGV" in outcome.message
+    log = (spool.run_folder(folder, spec) / spool.LOG).read_text()
+    assert "Fatal Python error: Segmentation fault" in log
+    assert 'File "<string>", line 1' in log
+
+
 def test_running_out_of_memory_is_its_own_reason() -> None:
     import torch
 

@@ -28,10 +28,10 @@ def no_gradients() -> Iterator[None]:
 
 
 def build(ladder: str, name: str) -> Build:
-    """A rung of a ladder, without what the bundled model has no use for."""
+    """A rung of a ladder, without what `tiny` has no use for; four images make its layers worth eight bits."""
     model, device = plan.find_model("tiny"), plan.find_device("cuda")
     recipes = [each for each in plan.find_ladder(ladder, device, model)[0] if each.name == name]
-    settings = plan.Settings(steps=6, accuracy_prompts=0)
+    settings = plan.Settings(steps=6, batch_size=4, accuracy_prompts=0)
     return build_pipeline(plan.plan_ladder(ladder, recipes, model, device, settings).rungs[0], print)[0]
 
 
@@ -39,8 +39,9 @@ def pictures(made: Build, **changes: Any) -> Any:
     return numpy.stack([numpy.asarray(each) for each in call(replace(made, spec=replace(made.spec, **changes)))])
 
 
-@pytest.mark.parametrize(("recipe", "least_db"), ((LOSSLESS.name, 35), (CONVOLUTIONS.name, 25)))
+@pytest.mark.parametrize(("recipe", "least_db"), ((LOSSLESS.name, 38), (CONVOLUTIONS.name, 28)))
 def test_whatever_changes_between_calls_the_picture_is_that_of_eager(recipe: str, least_db: float) -> None:
+    """Two eager recipes in bf16 are 44 to 60 dB apart in these pictures; any two of these calls at most 22."""
     plain, made = build("progressive", "sdpa"), build("fast", recipe)
     for change in CHANGES:
         found = median_psnr_db(pictures(made, **change), pictures(plain, **change))
@@ -52,4 +53,5 @@ def test_whatever_changes_between_calls_the_picture_is_that_of_eager(recipe: str
     print("DPM-Solver", f"{found:.1f} dB")
     assert found > least_db
     account = made.proofs["cuda_graph"]()
+    print(account)
     assert account["unet step"]["captures"] == 5 and account["unet step"]["eager_calls"] == 0
