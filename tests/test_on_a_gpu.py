@@ -54,4 +54,5 @@ def test_whatever_changes_between_calls_the_picture_is_that_of_eager(recipe: str
     assert found > least_db
     account = made.proofs["cuda_graph"]()
     print(account)
-    assert account["unet step"]["captures"] == 5 and account["unet step"]["eager_calls"] == 0
+    # As planned, another size, a batch of two, no guidance; time steps are in no graph, by time_projections.
+    assert account["unet step"]["captures"] == 4 and account["unet step"]["eager_calls"] == 0
