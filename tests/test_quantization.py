@@ -86,8 +86,9 @@ def test_on_a_gpu_int4_leaves_narrow_layers_that_padding_would_make_larger() -> 
 
 
 @pytest.mark.parametrize("name", FP8)
-def test_fp8_by_torchao_scales_rows_or_the_whole_tensor(name: str, fp8_anywhere: None, in_bf16: torch.Tensor) -> None:
-    made, _ = build("bf16", "sdpa")
+def test_fp8_by_torchao_scales_rows_or_the_whole_tensor(name: str, fp8_anywhere: None) -> None:
+    made, _ = build("bf16", "sdpa", steps=1)  # PyTorch multiplies fp8 on a CPU number by number
+    in_bf16 = picture(made)
     account = OPTIMIZATIONS[name].apply(made)
     quantized = [module for module in linears(made) if is_quantized(module)]
     assert len(quantized) == account["quantized_linears"] > 30
@@ -120,7 +121,7 @@ def test_fp8_by_torchao_is_refused_where_no_kernel_multiplies_it() -> None:
 
 @pytest.mark.parametrize("name", ["int4_weight_only", *FP8])
 def test_a_format_of_torchao_leaves_the_count_of_operations(name: str, fp8_anywhere: None) -> None:
-    made, _ = build("bf16", "sdpa", height=64, width=64)  # PyTorch multiplies fp8 on a CPU number by number
+    made, _ = build("bf16", "sdpa", height=64, width=64)
     before = roofline.count_flops(made)
     OPTIMIZATIONS[name].apply(made)
     assert roofline.count_flops(made) == before
