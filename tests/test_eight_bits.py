@@ -220,6 +220,13 @@ def test_embeddings_with_a_row_a_picture_stay_in_16_bits_in_any_batch(monkeypatc
     assert one["time_projections"]["projections"] == many["time_projections"]["projections"] > 2
 
 
+def test_a_picture_too_small_for_eight_bits_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(quantization.LEAST_ROWS, "cpu", quantization.LEAST_ROWS["cuda"])
+    with pytest.raises(RuntimeError, match=r"fp8_rows: none of \d+ linear layers has 256 rows.*: it takes a larger"):
+        eight_bit("fp8_rows", monkeypatch)
+    assert eight_bit("fp8_rows", monkeypatch, batch_size=2)[1]["fp8_rows"]["quantized_linears"] > 20
+
+
 def test_layers_that_are_kept_stay_and_unknown_ones_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = "mid_block.attentions.0.proj_in"
     made, applied = eight_bit("fp8_rows", monkeypatch, kept=(kept,))

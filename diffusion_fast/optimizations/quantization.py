@@ -580,9 +580,14 @@ def _eight_bits(build: Build) -> dict[str, Any]:
     _, candidates = eligible(build)
     calibration_s = time.perf_counter() - start
     linears = sum(isinstance(module, torch.nn.Linear) for module in build.denoiser.modules())
+    if not candidates:
+        raise RuntimeError(
+            f"{name}_rows: none of {linears} linear layers has {LEAST_ROWS[build.spec.device]} rows, and features in "
+            "multiples of 16: it takes a larger picture or more of them in a call"
+        )
     chosen = set(_not_kept(build, f"{name}_rows", candidates))
     if not chosen:
-        raise RuntimeError(f"{name}_rows: no layer has the rows and the features")
+        raise RuntimeError(f"{name}_rows: all of its {len(candidates)} layers are kept in 16 bits")
     fused = eight_bits.quantize(build.denoiser, chosen, eight_bits.FORMATS[name])
     found = sum(isinstance(module, eight_bits.RowwiseLinear) for module in build.denoiser.modules())
     if found != len(chosen):
