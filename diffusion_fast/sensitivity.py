@@ -145,7 +145,7 @@ def launch(spec: RunSpec, target: float | None, folder: Path) -> bool:
     (folder / FILE).unlink(missing_ok=True)
     spool.write_json(folder / spool.SPEC, {"spec": spec.to_dict(), "target": target})
     with (folder / spool.LOG).open("w") as log:
-        command = (sys.executable, "-m", "diffusion_fast.sensitivity", str(folder))
+        command = (sys.executable, "-X", "faulthandler", "-m", "diffusion_fast.sensitivity", str(folder))
         return subprocess.run(command, stdin=subprocess.DEVNULL, stderr=log, check=False).returncode == 0
 
 

@@ -228,13 +228,10 @@ def test_without_guidance_what_is_about_it_is_left_out_or_refused() -> None:
     assert not any("guidance_cutoff" in spec.optimizations for spec in ladder.rungs)
     assert "feature-forecast" in {spec.recipe for spec in ladder.rungs}
     assert any("guidance-cutoff" in note and "there is no guidance at 1" in note for note in ladder.notes)
-    with pytest.raises(
-        ValueError, match="guidance_cutoff needs a guidance scale above 1, and there is no guidance at 1"
-    ):
+    refused = "guidance_cutoff needs a guidance scale above 1, and there is no guidance at 1"
+    with pytest.raises(ValueError, match=refused):
         planned(ABLATION, H100, "sdxl", about="guidance-cutoff", guidance_scale=1.0)
-    with pytest.raises(
-        ValueError, match="guidance_cutoff needs a guidance scale above 1, and there is no guidance at 1"
-    ):
+    with pytest.raises(ValueError, match=refused):
         plan.plan_ladder(
             "run", (Recipe("mine", ("guidance_cutoff",)),), MODELS["sdxl"], CPU, plan.Settings(guidance_scale=1.0)
         )
