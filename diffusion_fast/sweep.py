@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from diffusion_fast.optimizations import OPTIMIZATIONS, compiles
@@ -115,7 +116,7 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
 
 def caption(row: Row) -> str:
     """What all points share, in one line; `row` is any of them."""
-    named = [row[name] for name in ("optimizations", "compile_mode") if row.get(name)]
+    named = [*filter(None, (*row.get("optimizations", "").split(","), row.get("compile_mode")))]
     recipe = f"{row['recipe']} ({', '.join(named)})" if named else row["recipe"]
     return (
         f"growth of {recipe}: {row['model']} ({row['weights']} weights), {row['steps']} steps, "
@@ -150,11 +151,11 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             axes.plot(where, values, marker="o", label=label)
         axes.set_xscale("log", base=2)
         axes.set_xticks(batches, map(str, batches))
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])  # all begin at nought, and what lies on top is not cut
         axes.set_xlabel("batch size")
         axes.set_ylabel(what)
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(fontsize=8)
-    figure.suptitle(caption(rows[0]), fontsize=9)
+    figure.suptitle(fill(caption(rows[0]), 160), fontsize=9)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

@@ -112,7 +112,7 @@ def test_the_growth_table_has_rates_and_no_speed_ups(tmp_path: Path) -> None:
         "| 96×96 | 1 | 2 | 2 | 0.5 | 0.50 | 9.0 | none |",
         "| 96×96 | 2 | out_of_memory: OutOfMemoryError: 3 GiB more |  |  |  |  |  |",
         "",
-        "growth of sdpa (bf16,sdpa): tiny (embedded weights), 2 steps, a processor",
+        "growth of sdpa (bf16, sdpa): tiny (embedded weights), 2 steps, a processor",
         "",
         "Note: a note.",
     ]

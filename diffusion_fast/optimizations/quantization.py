@@ -454,10 +454,11 @@ def _by_torchao(build: Build, config: Any, kind: str, chosen: set[Any]) -> dict[
 
 
 LEAST_ROWS = {"cuda": 256, "cpu": 17}
-# Attention's kernel doesn't quantize what it writes, so that the layer behind it has to, in a kernel of its own. On an
-# H100 that took 3.7 µs for SDXL's 2048 rows of 1280, and eight bits gave back 2.0 (docs/experiments.md). That
-# grows with both sides of a layer, quantizing with one of them; from where on it pays was not measured.
-LEAST_FEATURES_BEHIND_ATTENTION = 2048
+# Attention's kernel doesn't quantize what it writes, nor does what comes before and behind a stack of transformer
+# blocks. The layer there has to, in a kernel of its own: on an H100 3.7 µs for SDXL's 2048 rows of 1280, and eight bits
+# gave back 2.0 (docs/experiments.md). That grows with both sides of a layer, quantizing with one of them; from where on
+# it pays was not measured. A stack's ends also lose most of all linear layers: what all its blocks make passes there.
+LEAST_FEATURES_UNFUSED = 2048
 
 
 @optimization(
@@ -613,11 +614,11 @@ def worth_eight_bits(network: Any, shapes: dict[Any, tuple[int, ...]], least_row
 
     With few rows, reading the weights takes longer than multiplying, and quantizing the input longer than both. So what
     has two dimensions, a row a picture, stays as it is in any batch: an embedding of the time step, or the like.
-    Behind attention it is the features that have to be many.
+    Where no kernel quantizes on the way, the features have to be many.
     """
     import torch
 
-    behind = _behind_attention(network)
+    unfused = _unfused(network)
     return {
         name: module
         for name, module in network.named_modules()
@@ -625,16 +626,24 @@ def worth_eight_bits(network: Any, shapes: dict[Any, tuple[int, ...]], least_row
         and len(shapes.get(module, ())) > 2
         and _rows(shapes[module]) >= least_rows
         and module.in_features % 16 == module.out_features % 16 == 0
-        and (module not in behind or min(module.weight.shape) >= LEAST_FEATURES_BEHIND_ATTENTION)
+        and (module not in unfused or min(module.weight.shape) >= LEAST_FEATURES_UNFUSED)
     }
 
 
-def _behind_attention(network: Any) -> set[Any]:
-    """The first layers of what diffusers' attention modules, of every class, call their ways out."""
+def _unfused(network: Any) -> set[Any]:
+    """Layers whose input nothing quantizes as it writes it.
+
+    The first of what diffusers' attention modules, of every class, call their ways out; and what leads into a stack of
+    transformer blocks, and out of it.
+    """
     import torch
 
-    ways = (getattr(module, name, None) for module in network.modules() for name in ("to_out", "to_add_out"))
-    return {way[0] if isinstance(way, torch.nn.ModuleList) else way for way in ways if way is not None}
+    found = set()
+    for module in network.modules():
+        names = ("proj_in", "proj_out") if hasattr(module, "transformer_blocks") else ("to_out", "to_add_out")
+        layers = (getattr(module, name, None) for name in names)
+        found |= {layer[0] if isinstance(layer, torch.nn.ModuleList) else layer for layer in layers}
+    return found
 
 
 def pixels_per_convolution(build: Build) -> dict[Any, int]:
