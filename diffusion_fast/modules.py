@@ -1,9 +1,28 @@
-"""Modules of a network in the place of others, and what their tensors take."""
+"""Modules of a network: which are its blocks, others in their place, and what their tensors take."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
+
+
+def blocks(denoiser: Any, *more: str) -> list[Any]:
+    """The blocks that a denoiser repeats, and modules of the classes `more`.
+
+    diffusers says of most models which they repeat; of others it is what their lists of layers hold. A subclass of such
+    a class, a block with another forward, is one, too.
+    """
+    from torch.nn import ModuleList
+
+    lists = [module for module in denoiser.children() if isinstance(module, ModuleList)]
+    names = {*(denoiser._repeated_blocks or [type(layer).__name__ for layers in lists for layer in layers]), *more}
+    return [module for module in denoiser.modules() if names & {kind.__name__ for kind in type(module).__mro__}]
+
+
+def outside(network: Any, regions: Iterable[Any]) -> list[Any]:
+    """Of a network's modules those that are in none of these."""
+    inside = {part for region in regions for part in region.modules()}
+    return [module for module in network.modules() if module not in inside]
 
 
 def place(network: Any, name: str) -> tuple[Any, str]:

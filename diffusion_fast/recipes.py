@@ -101,7 +101,7 @@ LADDERS: dict[str, tuple[Recipe, ...]] = {
         FORECAST.plus("cutoff-and-forecast", "guidance_cutoff"),
         FORECAST.plus("all", "guidance_cutoff", "tiny_vae"),
         EIGHT_BITS,
-        *controls(EIGHT_BITS, 0.67, 0.5, 0.4),
+        *controls(EIGHT_BITS, 0.67, 0.57, 0.5, 0.4),
         FORECAST_8_BITS,
         FORECAST_8_BITS.plus("cutoff-and-forecast-8-bits", "guidance_cutoff"),
         FORECAST_8_BITS.plus("all-8-bits", "guidance_cutoff", "tiny_vae"),

@@ -35,9 +35,12 @@ COLUMNS = (
     ("rounds", "rounds", "{:g}"),
 )
 IF_KNOWN = ("peak_reserved_gib", "mfu", "rounds")
-# One panel each: columns of which the first that is known is shown, what is written beside its axis. What a CUDA graph
-# writes into was reserved at its capture, and isn't allocated while it is replayed.
-PANELS = ((("images_per_s",), "images a second"), (("peak_reserved_gib", "peak_memory_gib"), "peak memory, GiB"))
+# One panel each: by column, of which the first that is known is shown, what is written beside its axis. What a CUDA
+# graph writes into was reserved at its capture, and isn't allocated while it is replayed.
+PANELS = (
+    {"images_per_s": "images a second"},
+    {"peak_reserved_gib": "memory reserved at most, GiB", "peak_memory_gib": "peak memory, GiB"},
+)
 
 Row = dict[str, Any]
 
@@ -116,7 +119,8 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
 
 def caption(row: Row) -> str:
     """What all points share, in one line; `row` is any of them."""
-    named = [*filter(None, (*row.get("optimizations", "").split(","), row.get("compile_mode")))]
+    named = [*filter(None, row.get("optimizations", "").split(","))]
+    named += [f"mode {row['compile_mode']}"] if row.get("compile_mode") else []
     recipe = f"{row['recipe']} ({', '.join(named)})" if named else row["recipe"]
     return (
         f"growth of {recipe}: {row['model']} ({row['weights']} weights), {row['steps']} steps, "
@@ -145,15 +149,15 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
     batches = sorted({row["batch_size"] for row in rows})
     figure, panels = pyplot.subplots(1, len(PANELS), figsize=(11, 4.2), layout="constrained")
-    for axes, (names, what) in zip(panels, PANELS, strict=True):
-        column = next((name for name in names if any(name in row for row in rows)), names[-1])
+    for axes, named in zip(panels, PANELS, strict=True):
+        column = next((name for name in named if any(name in row for row in rows)), list(named)[-1])
         for label, (where, values) in lines(rows, column).items():
             axes.plot(where, values, marker="o", label=label)
         axes.set_xscale("log", base=2)
         axes.set_xticks(batches, map(str, batches))
         axes.set_ylim(0, 1.1 * axes.get_ylim()[1])  # all begin at nought, and what lies on top is not cut
         axes.set_xlabel("batch size")
-        axes.set_ylabel(what)
+        axes.set_ylabel(named[column])
         axes.spines[["top", "right"]].set_visible(False)
     panels[0].legend(fontsize=8)
     figure.suptitle(fill(caption(rows[0]), 160), fontsize=9)

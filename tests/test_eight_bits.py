@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,10 +29,11 @@ from diffusion_fast.eight_bits import (
 from diffusion_fast.models import MODELS
 from diffusion_fast.norms import ImageGroupNorm
 from diffusion_fast.optimizations import OPTIMIZATIONS, Optimization, quantization
-from diffusion_fast.pipeline import call
+from diffusion_fast.pipeline import build_pipeline, call
 from diffusion_fast.sensitivity import Layer, choose
 from diffusion_fast.spec import Recipe
 from tests.conftest import CPU, H100, planned
+from tests.miniatures import miniature
 from tests.test_optimizations import build
 
 # Half a unit in the last place, relative to the number (fp8, 3 bits of mantissa) or to the row's largest (int8).
@@ -183,18 +185,45 @@ def eight_bit(name: str, monkeypatch: pytest.MonkeyPatch, *more: str, **changes:
     return build("bf16", "sdpa", "regional_compile", name, *more, **changes)
 
 
-UNFUSED = {"to_out", "proj_in", "proj_out"}  # of tiny, each narrower than what pays
-
-
-def test_layers_that_have_to_quantize_for_themselves_do_so_where_they_are_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_behind_attention_are_quantized_where_they_are_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     made = build("bf16", "sdpa")[0]
     narrow = set(quantization.eligible(made)[1])
     widths = {layer.in_features for name, layer in made.denoiser.named_modules() if name.endswith("to_out.0")}
-    monkeypatch.setattr(quantization, "LEAST_FEATURES_UNFUSED", max(widths))
+    monkeypatch.setattr(quantization, "LEAST_FEATURES_BEHIND_ATTENTION", max(widths))
     more = set(quantization.eligible(made)[1]) - narrow
     assert more
     assert {made.denoiser.get_submodule(each).in_features for each in more} == {max(widths)}
-    assert {each.removesuffix(".0").rpartition(".")[2] for each in more} == UNFUSED
+    assert all(each.endswith("to_out.0") for each in more)
+
+
+@pytest.mark.parametrize(
+    ("model", "between"),
+    [
+        ("sdxl", {"proj_in", "proj_out"}),
+        ("sd15", set()),  # convolutions lead into its blocks and out of them
+        ("pixart-alpha", {"caption_projection", "proj_out"}),
+        ("sana", {"caption_projection", "proj_out"}),
+        ("sd3.5-medium", {"context_embedder", "proj_out"}),
+        ("flux-schnell", {"x_embedder", "context_embedder", "proj_out"}),
+    ],
+)
+def test_what_lies_between_blocks_stays_in_16_bits_and_so_does_what_projects_the_prompt(
+    model: str, between: set[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = miniature(model, tmp_path)
+    monkeypatch.setitem(MODELS, model, known)
+    monkeypatch.setitem(quantization.LEAST_ROWS, "cpu", 1)
+    settings = plan.Settings(weights="random", steps=2)
+    (spec,) = plan.plan_ladder("mine", (Recipe("mine", ("bf16", "sdpa")),), known, CPU, settings).rungs
+    made = build_pipeline(spec, lambda stage: None)[0]
+    chosen = quantization.eligible(made)[1]
+    linears = [name for name, module in made.denoiser.named_modules() if isinstance(module, torch.nn.Linear)]
+    row_a_picture = re.compile("time|resolution|ratio|norm|adaln|add_embedding")
+    others = {name for name in linears if name not in chosen and not row_a_picture.search(name)}
+    inside = {name for name in others if re.search(r"\.to_(add_)?out|\.attn2\.to_[kv]$", name)}
+    assert {re.sub(r".*\.(?=proj)|\.linear_\d$", "", name) for name in others - inside} == between
+    of_the_prompt = {name for name in chosen if re.search(r"\.attn2\.to_[kv]$", name)}
+    assert bool(of_the_prompt) == (model == "sd3.5-medium")  # whose second attention is the picture's, to itself
 
 
 @pytest.mark.parametrize("name", ["fp8_rows", "int8_rows"])
@@ -204,12 +233,14 @@ def test_every_layer_with_the_rows_is_quantized_and_the_picture_stays(
     made, applied = eight_bit(name, monkeypatch, "fused_qkv")
     layers = [module for module in made.denoiser.modules() if isinstance(module, RowwiseLinear)]
     left = [each for each, module in made.denoiser.named_modules() if isinstance(module, torch.nn.Linear)]
-    # Embeddings of the time step have two rows under guidance, and text is read from 77 × 2 of them.
-    # Where no kernel quantizes for them, layers as narrow as these would do it for longer than they gain.
-    unfused = [each for each in left if each.removesuffix(".0").rpartition(".")[2] in UNFUSED]
-    assert all("time_emb" in each or "add_embedding" in each for each in set(left) - set(unfused)), left
-    assert len(unfused) == 2 * 5 + 2 * 4  # five blocks in four stacks
-    assert applied[name]["quantized_linears"] == len(layers) > 20
+    # Embeddings of the time step have two rows under guidance, and the prompt is the same in every step.
+    # Behind attention layers as narrow as these would quantize for longer than they gain; and so between the blocks.
+    behind, prompt, between = (
+        [each for each in left if each.endswith(ends)] for ends in ("to_out.0", "to_kv", ("proj_in", "proj_out"))
+    )
+    assert all("time_emb" in each or "add_embedding" in each for each in {*left} - {*behind, *prompt, *between}), left
+    assert (len(behind), len(prompt), len(between)) == (10, 5, 8)  # five blocks in four stacks
+    assert applied[name]["quantized_linears"] == len(layers) == 20
     assert applied[name]["fused_feed_forwards"] == 5
     assert {layer.weight.dtype for layer in layers} == {FORMATS[name.removesuffix("_rows")]}
     exact = torch.tensor(list(call(build("bf16", "sdpa")[0])[0].tobytes())).float()
@@ -227,7 +258,7 @@ def test_a_picture_too_small_for_eight_bits_says_so(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(quantization.LEAST_ROWS, "cpu", quantization.LEAST_ROWS["cuda"])
     with pytest.raises(RuntimeError, match=r"fp8_rows: none of \d+ linear layers has 256 rows.*: it takes a larger"):
         eight_bit("fp8_rows", monkeypatch)
-    assert eight_bit("fp8_rows", monkeypatch, batch_size=2)[1]["fp8_rows"]["quantized_linears"] > 20
+    assert eight_bit("fp8_rows", monkeypatch, batch_size=2)[1]["fp8_rows"]["quantized_linears"] > 10
 
 
 def test_layers_that_are_kept_stay_and_unknown_ones_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,8 +347,6 @@ def test_the_pass_finds_the_layer_that_loses_most(monkeypatch: pytest.MonkeyPatc
         block.norm3.bias[0] *= 2000
         block.ff.net[0].proj.weight[:, 0] /= 2000
         return made, applied
-
-    from diffusion_fast.pipeline import build_pipeline
 
     monkeypatch.setattr("diffusion_fast.pipeline.build_pipeline", with_an_outlier)
     found = sensitivity.measure(spec, 0.015, lambda stage: None)

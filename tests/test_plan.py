@@ -218,7 +218,7 @@ def test_a_control_that_rounds_to_the_steps_of_another_is_left_out() -> None:
         ("plain-50", 2),
         ("plain-33", 1),
         ("8-bits-67", 3),
-        ("8-bits-50", 2),
+        ("8-bits-57", 2),
     ]
     assert "the rung plain-67 is left out: here it would be plain-80 again" in ladder.notes
 

@@ -12,6 +12,7 @@ from diffusion_fast import adapters, graphs
 from diffusion_fast.ahead import AheadOfTime, cache_folder
 from diffusion_fast.graphs import Graphed
 from diffusion_fast.inductor import parallel_coordinate_descent
+from diffusion_fast.modules import blocks, outside
 from diffusion_fast.optimizations.registry import Build, optimization
 from diffusion_fast.spec import RunSpec
 
@@ -134,7 +135,7 @@ def regional_compile(build: Build) -> dict[str, Any]:
         setattr(torch._dynamo.config, limit, max(getattr(torch._dynamo.config, limit), MOST_GRAPHS))
     regions = _regions(build.denoiser)
     counts = Counter(type(region).__name__ for region in regions)
-    norms = [module for module in _outside(build.denoiser, regions) if isinstance(module, torch.nn.GroupNorm)]
+    norms = [module for module in outside(build.denoiser, regions) if isinstance(module, torch.nn.GroupNorm)]
     # A second shape is compiled for itself, not for all shapes: that would be slower ever after.
     account = _compile(
         build,
@@ -187,28 +188,13 @@ EIGHT_BITS = ("RowwiseLinear", "ImagewiseConvolution")
 
 
 def _regions(denoiser: Any) -> list[Any]:
-    """The blocks that a denoiser repeats, its residual blocks and sampling layers.
-
-    diffusers says of most models which they repeat; of others it is what their lists of layers hold.
-    """
-    from torch.nn import ModuleList
-
-    lists = [module for module in denoiser.children() if isinstance(module, ModuleList)]
-    repeated = denoiser._repeated_blocks or [type(layer).__name__ for layers in lists for layer in layers]
-    blocks = {*repeated, *BLOCKS}
-    found = [
-        module for module in denoiser.modules() if blocks & {kind.__name__ for kind in type(module).__mro__}
-    ]  # a block with another forward of ours is one, too
-    # An eight-bit layer is several kernels unless it is compiled, and some lie between the blocks.
-    found += [module for module in _outside(denoiser, found) if type(module).__name__ in EIGHT_BITS]
+    """A denoiser's repeated blocks, its residual blocks and sampling layers, and what eight-bit layers lie between."""
+    found = blocks(denoiser, *BLOCKS)
+    # An eight-bit layer is several kernels unless it is compiled.
+    found += [module for module in outside(denoiser, found) if type(module).__name__ in EIGHT_BITS]
     if not found:
-        raise RuntimeError(f"regional_compile: {type(denoiser).__name__} has none of the blocks {sorted(blocks)}")
+        raise RuntimeError(f"regional_compile: {type(denoiser).__name__} has none of the blocks that it repeats")
     return found
-
-
-def _outside(denoiser: Any, regions: list[Any]) -> list[Any]:
-    inside = {part for region in regions for part in region.modules()}
-    return [module for module in denoiser.modules() if module not in inside]
 
 
 def _norm(norm: Any, image: Any) -> Any:
@@ -259,7 +245,7 @@ def _compile(
 
 @optimization(stage="capture", devices=("cuda",), modes=("default", "max-autotune-no-cudagraphs"))
 def cuda_graph(build: Build) -> dict[str, Any]:
-    """Launch the text encoders, a whole step of the denoiser and the VAE's decoder as one CUDA graph each.
+    """Launch the text encoders, the denoiser's work in a step and the VAE's decoder as one CUDA graph each.
 
     Thousands of launches a step become one, so that a slow host no longer holds the GPU up. Calls in other shapes are
     captured when they come; an adapter that is attached or changed has everything captured anew.

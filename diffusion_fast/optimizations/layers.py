@@ -525,11 +525,7 @@ def prompt_projections(build: Build) -> dict[str, Any]:
 
     start = time.perf_counter()
     parameters = list(inspect.signature(type(build.denoiser).forward).parameters)
-    linears = (
-        module
-        for module in build.denoiser.modules()
-        if isinstance(module, torch.nn.Linear) or type(module).__name__ == "RowwiseLinear"
-    )
+    linears = (module for module in build.denoiser.modules() if isinstance(module, torch.nn.Linear))
     layers = _given(build, build.denoiser, PROMPT, linears)
     calibration_s = time.perf_counter() - start
     if not layers:

@@ -7,7 +7,7 @@ import math
 import time
 from typing import Any
 
-from diffusion_fast.modules import stored_bytes
+from diffusion_fast.modules import blocks, outside, stored_bytes
 from diffusion_fast.optimizations.registry import Build, eight_bit_formats, optimization
 from diffusion_fast.spec import RunSpec
 
@@ -454,11 +454,10 @@ def _by_torchao(build: Build, config: Any, kind: str, chosen: set[Any]) -> dict[
 
 
 LEAST_ROWS = {"cuda": 256, "cpu": 17}
-# Attention's kernel doesn't quantize what it writes, nor does what comes before and behind a stack of transformer
-# blocks. The layer there has to, in a kernel of its own: on an H100 3.7 µs for SDXL's 2048 rows of 1280, and eight bits
-# gave back 2.0 (docs/experiments.md). That grows with both sides of a layer, quantizing with one of them; from where on
-# it pays was not measured. A stack's ends also lose most of all linear layers: what all its blocks make passes there.
-LEAST_FEATURES_UNFUSED = 2048
+# Attention's kernel doesn't quantize what it writes, so that the layer behind it has to, in a kernel of its own. On an
+# H100 that took 3.7 µs for SDXL's 2048 rows of 1280, and eight bits gave back 2.0 (docs/experiments.md). That
+# grows with both sides of a layer, quantizing with one of them; from where on it pays was not measured.
+LEAST_FEATURES_BEHIND_ATTENTION = 2048
 
 
 @optimization(
@@ -613,12 +612,16 @@ def worth_eight_bits(network: Any, shapes: dict[Any, tuple[int, ...]], least_row
     """By name the linear layers, given tensors of such `shapes`, that are worth it to be multiplied in eight bits.
 
     With few rows, reading the weights takes longer than multiplying, and quantizing the input longer than both. So what
-    has two dimensions, a row a picture, stays as it is in any batch: an embedding of the time step, or the like.
-    Where no kernel quantizes on the way, the features have to be many.
+    has two dimensions, a row a picture, stays as it is in any batch: an embedding of the time step, or the like. So do
+    keys and values of the prompt: few rows, which are the same in every step. Behind attention it is the features that
+    have to be many. What lies between a network's blocks stays, too: nothing there quantizes on the way, it is little
+    of the work, and all that the blocks make passes through it (docs/experiments.md: three quarters of what SDXL's
+    linear layers lose, squared, for 1.4% of the multiplications).
     """
     import torch
 
-    unfused = _unfused(network)
+    between = set(outside(network, blocks(network)))
+    behind, of_the_prompt = _behind_attention(network), _of_the_prompt(network)
     return {
         name: module
         for name, module in network.named_modules()
@@ -626,24 +629,24 @@ def worth_eight_bits(network: Any, shapes: dict[Any, tuple[int, ...]], least_row
         and len(shapes.get(module, ())) > 2
         and _rows(shapes[module]) >= least_rows
         and module.in_features % 16 == module.out_features % 16 == 0
-        and (module not in unfused or min(module.weight.shape) >= LEAST_FEATURES_UNFUSED)
+        and module not in between
+        and module not in of_the_prompt
+        and (module not in behind or min(module.weight.shape) >= LEAST_FEATURES_BEHIND_ATTENTION)
     }
 
 
-def _unfused(network: Any) -> set[Any]:
-    """Layers whose input nothing quantizes as it writes it.
-
-    The first of what diffusers' attention modules, of every class, call their ways out; and what leads into a stack of
-    transformer blocks, and out of it.
-    """
+def _behind_attention(network: Any) -> set[Any]:
+    """The first layers of what diffusers' attention modules, of every class, call their ways out."""
     import torch
 
-    found = set()
-    for module in network.modules():
-        names = ("proj_in", "proj_out") if hasattr(module, "transformer_blocks") else ("to_out", "to_add_out")
-        layers = (getattr(module, name, None) for name in names)
-        found |= {layer[0] if isinstance(layer, torch.nn.ModuleList) else layer for layer in layers}
-    return found
+    ways = (getattr(module, name, None) for module in network.modules() for name in ("to_out", "to_add_out"))
+    return {way[0] if isinstance(way, torch.nn.ModuleList) else way for way in ways if way is not None}
+
+
+def _of_the_prompt(network: Any) -> set[Any]:
+    """What diffusers' modules for cross-attention project the prompt by, fused or not."""
+    crossed = [module for module in network.modules() if getattr(module, "is_cross_attention", False)]
+    return {getattr(module, name, None) for module in crossed for name in ("to_k", "to_v", "to_kv")} - {None}
 
 
 def pixels_per_convolution(build: Build) -> dict[Any, int]:
