@@ -13,6 +13,8 @@ import io
 import itertools
 import json
 import re
+import statistics
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
@@ -20,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from diffusion_fast import spool
+from diffusion_fast import graphs, spool
 from diffusion_fast.measure import now, standing_in
 from diffusion_fast.optimizations import Build
 
@@ -88,21 +90,26 @@ class Part:
 
 def profile(build: Build, folder: Path, flops: dict[str, dict[str, float]], limits: dict[str, float]) -> dict[str, Any]:
     """Profile a call of STEPS steps; leave trace, table and all kernels in `folder`. Returns the table as data."""
-    parts = split(_record(build, folder), build.spec.device)
-    found = summarize(parts, build.spec.device, flops)
+    device = build.spec.device
+    short = replace(build, spec=replace(build.spec, steps=min(STEPS, build.spec.steps)))
+    parts = split(_record(short, folder / spool.TRACE), device)
+    if "cuda_graph" in build.spec.optimizations:  # what is replayed doesn't say what its kernels are given
+        with graphs.none():
+            parts = with_sizes(parts, split(_record(short), device))
+    found = summarize(parts, device, flops)
     spool.write_text(folder / spool.PROFILE, table(found, limits))
     spool.write_text(folder / spool.KERNELS, kernels_csv(parts))
     return found
 
 
-def _record(build: Build, folder: Path) -> dict[str, Any]:
+def _record(build: Build, path: Path | None = None) -> dict[str, Any]:
+    """The trace of a call, packed and kept at `path` if one is given."""
     import torch
 
     from diffusion_fast.pipeline import call
 
     device = build.spec.device
-    short = replace(build, spec=replace(build.spec, steps=min(STEPS, build.spec.steps)))
-    call(short)  # schedulers and caching allocators have their first time with this many steps, too
+    call(build)  # schedulers and caching allocators have their first time with this many steps, too
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -111,13 +118,14 @@ def _record(build: Build, folder: Path) -> dict[str, Any]:
         stack.enter_context(_marked(device, "vae_decode", build.pipe.vae, "decode"))
         # A step is what lies between two of the scheduler's: denoiser, guidance, scheduler.
         stack.enter_context(_marked(device, "scheduler", build.pipe.scheduler, "step"))
-        call(short)
-    plain = folder / spool.TRACE.removesuffix(".gz")
-    profiler.export_chrome_trace(str(plain))
-    text = plain.read_bytes()
-    with gzip.open(folder / spool.TRACE, "wb", compresslevel=6) as packed:
-        packed.write(text)
-    plain.unlink()
+        call(build)
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder, "trace.json")
+        profiler.export_chrome_trace(str(plain))
+        text = plain.read_bytes()
+    if path is not None:
+        with gzip.open(path, "wb", compresslevel=6) as packed:
+            packed.write(text)
     trace: dict[str, Any] = json.loads(text)
     return trace
 
@@ -159,6 +167,26 @@ def split(trace: dict[str, Any], device: str) -> dict[str, Part]:
     for part, ranges in _ranges(events).items():
         inside = [each for each in kernels if any(begin <= each.start + each.busy / 2 <= end for begin, end in ranges)]
         found[part] = Part(ranges, inside)
+    return found
+
+
+def with_sizes(parts: dict[str, Part], others: dict[str, Part]) -> dict[str, Part]:
+    """The parts; kernels that lack it have the bytes that those of the same name are given in `others`, on average."""
+    found = {}
+    for name, part in parts.items():
+        sizes: dict[str, list[int]] = {}
+        for each in others[name].kernels:
+            if each.read_and_written is not None:
+                sizes.setdefault(each.name, []).append(each.read_and_written)
+        found[name] = Part(
+            part.ranges,
+            [
+                replace(each, read_and_written=round(statistics.mean(sizes[each.name])))
+                if each.read_and_written is None and each.name in sizes
+                else each
+                for each in part.kernels
+            ],
+        )
     return found
 
 

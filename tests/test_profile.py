@@ -4,13 +4,14 @@ import csv
 import gzip
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from diffusion_fast import pipeline, profile, roofline, spool
+from diffusion_fast import graphs, pipeline, profile, roofline, spool
 from tests.conftest import planned
 
 Event = dict[str, Any]
@@ -172,6 +173,20 @@ def test_a_gpus_time_is_told_by_part_and_class() -> None:
     ]
 
 
+def test_what_a_graphs_kernels_are_given_is_told_by_a_call_without_it() -> None:
+    """Of one name there are 1 MB and 3 MB, in another order; of the other nothing is known."""
+    replayed = [profile.Kernel(name, "pointwise", 0, 100) for name in ("a", "a", "b")]
+    told = [profile.Kernel("a", "pointwise", 0, 500, size) for size in (3_000_000, 1_000_000)]
+    told.append(profile.Kernel("b", "pointwise", 0, 500))
+    parts = {"denoising_step": profile.Part([(0, 1000)], replayed), "vae_decode": profile.Part([(0, 10)], replayed)}
+    others = {"denoising_step": profile.Part([(0, 2000)], told), "vae_decode": profile.Part([(0, 10)], [])}
+    found = profile.with_sizes(parts, others)
+    assert [each.read_and_written for each in found["denoising_step"].kernels] == [2_000_000, 2_000_000, None]
+    assert found["vae_decode"] == parts["vae_decode"]
+    step = profile.summarize(found, "cuda", {})["denoising_step"]
+    assert step["classes"]["pointwise"]["gbs"] == pytest.approx(20)  # 2 MB in 100 µs, of what is known
+
+
 def test_the_table_of_all_kernels_has_them_by_their_whole_names() -> None:
     names = [f"void at::native::elementwise_kernel<128, 4, Functor_{number:0100}>" for number in range(12)]
     kernels = [profile.Kernel(name, "pointwise", 0, 10 * index) for index, name in enumerate(names, 1)]
@@ -193,6 +208,16 @@ def test_on_a_cpu_an_operator_has_its_own_time_without_what_it_calls() -> None:
     assert {kind: each["ms"] for kind, each in found.items()} == pytest.approx(
         {"linear": 0.34, "other": 0.06, "pointwise": 0.1, "idle": 0.5}
     )
+
+
+def test_a_call_with_graphs_is_followed_by_one_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.no_grad():
+        build = pipeline.build_pipeline(planned().rungs[2], lambda _: None)[0]
+        without: list[bool] = []
+        monkeypatch.setattr(pipeline, "call", lambda _: without.append(graphs.are_unwanted()))
+        for names in (build.spec.optimizations, (*build.spec.optimizations, "cuda_graph")):
+            profile.profile(replace(build, spec=replace(build.spec, optimizations=names)), tmp_path, {}, {})
+    assert without == [False, False, False, False, True, True]  # each after one that isn't looked at
 
 
 def test_a_real_call_is_profiled(tmp_path: Path) -> None:
