@@ -2,7 +2,8 @@
 
 Random weights have none, and scales that all channels share look free with them. In a trained model a few channels of a
 layer norm's output are tens of times the others (https://arxiv.org/abs/2208.07339, section 4). Here such channels are
-scaled up where they are made and down where they are used, which in exact arithmetic is the same network.
+scaled up where they are made and down where they are used, which in exact arithmetic is the same network. Residual
+blocks get none: between a norm of theirs and the convolution that would undo it is SiLU, which doesn't scale.
 """
 
 from __future__ import annotations
