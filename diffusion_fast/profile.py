@@ -1,4 +1,4 @@
-"""Where a call's time goes: kernels by class, from one short call under torch.profiler.
+"""Where a call's time goes: kernels by class, from a short call under torch.profiler.
 
 Unlike the timed calls this one is instrumented, and the device is waited for after each part, so that a kernel belongs
 to the part in which it ran. Shares are what it is good for; how long a call takes, the timed calls say.
@@ -14,7 +14,6 @@ import itertools
 import json
 import re
 import statistics
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
@@ -92,18 +91,20 @@ def profile(build: Build, folder: Path, flops: dict[str, dict[str, float]], limi
     """Profile a call of STEPS steps; leave trace, table and all kernels in `folder`. Returns the table as data."""
     device = build.spec.device
     short = replace(build, spec=replace(build.spec, steps=min(STEPS, build.spec.steps)))
-    parts = split(_record(short, folder / spool.TRACE), device)
-    if "cuda_graph" in build.spec.optimizations:  # what is replayed doesn't say what its kernels are given
+    parts = split(_record(short, folder, kept=True), device)
+    names = build.spec.optimizations
+    # What is replayed doesn't say what its kernels are given, and without a graph packages aren't used either.
+    if "cuda_graph" in names and "ahead_of_time" not in names:
         with graphs.none():
-            parts = with_sizes(parts, split(_record(short), device))
+            parts = with_sizes(parts, split(_record(short, folder), device))
     found = summarize(parts, device, flops)
     spool.write_text(folder / spool.PROFILE, table(found, limits))
     spool.write_text(folder / spool.KERNELS, kernels_csv(parts))
     return found
 
 
-def _record(build: Build, path: Path | None = None) -> dict[str, Any]:
-    """The trace of a call, packed and kept at `path` if one is given."""
+def _record(build: Build, folder: Path, kept: bool = False) -> dict[str, Any]:
+    """The trace of a call; packed, it is left in `folder` where it is to be kept."""
     import torch
 
     from diffusion_fast.pipeline import call
@@ -119,12 +120,12 @@ def _record(build: Build, path: Path | None = None) -> dict[str, Any]:
         # A step is what lies between two of the scheduler's: denoiser, guidance, scheduler.
         stack.enter_context(_marked(device, "scheduler", build.pipe.scheduler, "step"))
         call(build)
-    with tempfile.TemporaryDirectory() as folder:
-        plain = Path(folder, "trace.json")
-        profiler.export_chrome_trace(str(plain))
-        text = plain.read_bytes()
-    if path is not None:
-        with gzip.open(path, "wb", compresslevel=6) as packed:
+    plain = folder / spool.TRACE.removesuffix(".gz")
+    profiler.export_chrome_trace(str(plain))
+    text = plain.read_bytes()
+    plain.unlink()
+    if kept:
+        with gzip.open(folder / spool.TRACE, "wb", compresslevel=6) as packed:
             packed.write(text)
     trace: dict[str, Any] = json.loads(text)
     return trace
@@ -178,15 +179,12 @@ def with_sizes(parts: dict[str, Part], others: dict[str, Part]) -> dict[str, Par
         for each in others[name].kernels:
             if each.read_and_written is not None:
                 sizes.setdefault(each.name, []).append(each.read_and_written)
-        found[name] = Part(
-            part.ranges,
-            [
-                replace(each, read_and_written=round(statistics.mean(sizes[each.name])))
-                if each.read_and_written is None and each.name in sizes
-                else each
-                for each in part.kernels
-            ],
-        )
+        means = {kernel: round(statistics.mean(each)) for kernel, each in sizes.items()}
+        kernels = [
+            replace(each, read_and_written=means.get(each.name)) if each.read_and_written is None else each
+            for each in part.kernels
+        ]
+        found[name] = replace(part, kernels=kernels)
     return found
 
 

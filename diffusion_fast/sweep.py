@@ -141,7 +141,7 @@ def lines(rows: Sequence[Row], column: str) -> dict[str, tuple[list[int], list[f
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Images a second and peak memory over the batch size, a line a size."""
+    """Images a second and memory over the batch size, a line a size."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -226,8 +226,20 @@ def test_what_lies_between_blocks_stays_in_16_bits_and_so_does_what_projects_the
     assert bool(of_the_prompt) == (model == "sd3.5-medium")  # whose second attention is the picture's, to itself
 
 
+def test_attention_to_other_tokens_is_told_by_shapes_and_a_network_without_blocks_is_one_block() -> None:
+    network, attention = torch.nn.Module(), torch.nn.Module()
+    network._repeated_blocks, network.attention = None, attention
+    names = ("to_q", "to_k", "to_v")
+    for name in names:
+        setattr(attention, name, torch.nn.Linear(16, 16))
+    shapes = {getattr(attention, name): (2, 300, 16) for name in names}
+    assert set(quantization.worth_eight_bits(network, shapes, 256)) == {f"attention.{name}" for name in names}
+    shapes |= {attention.to_k: (2, 200, 16), attention.to_v: (2, 200, 16)}
+    assert set(quantization.worth_eight_bits(network, shapes, 256)) == {"attention.to_q"}
+
+
 @pytest.mark.parametrize("name", ["fp8_rows", "int8_rows"])
-def test_every_layer_with_the_rows_is_quantized_and_the_picture_stays(
+def test_layers_that_are_worth_it_are_quantized_and_the_picture_stays(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made, applied = eight_bit(name, monkeypatch, "fused_qkv")

@@ -1,8 +1,7 @@
 """Every ladder of every model, rung by rung, on the model's miniature: traced by torch.compile, and run as it is.
 
-A recipe that several ladders share is run once; in the full matrix in a process of its own, as it is in a ladder. What
-a device other than a CPU is needed for is left out, as in any ladder there; test_plan.py has that all of it can be
-planned.
+A recipe that several ladders share is run once, in a process of its own, as in a ladder. What a device other than a
+CPU is needed for is left out, as in any ladder there; test_plan.py has that all of it can be planned.
 """
 
 from __future__ import annotations
@@ -77,7 +76,8 @@ def in_a_process(made: Callable[[], torch.Tensor]) -> torch.Tensor:
     try:
         found = here.recv() if here.poll(LONGEST_S) else f"not done after {LONGEST_S} s"
     except EOFError:  # it ended without a word
-        found = "the process crashed"
+        process.join()
+        found = f"the process ended with {process.exitcode}"
     process.kill()
     process.join()
     if isinstance(found, str):
@@ -92,7 +92,6 @@ def test_a_rung_paints_the_models_picture(
     plain: dict[str, torch.Tensor],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
 ) -> None:
     known = MODELS["tiny"] if model == "tiny" else miniature(model, tmp_path)
     if model == "sana" and "vae_tiling" in recipe.optimizations:
@@ -115,8 +114,7 @@ def test_a_rung_paints_the_models_picture(
     kind = f"{model}, {known.height} pixels, {steps} steps"
     if kind not in plain:
         plain[kind] = painted(Recipe("baseline"))
-    rung = partial(painted, replace(recipe, steps_share=1.0))
-    found = in_a_process(rung) if request.node.get_closest_marker("full") else rung()
+    found = in_a_process(partial(painted, replace(recipe, steps_share=1.0)))
     if "tiny_vae" in recipe.optimizations and model != "tiny":
         return  # random weights are another picture's
     off = (found - plain[kind]).norm() / plain[kind].norm()

@@ -193,7 +193,9 @@ def _regions(denoiser: Any) -> list[Any]:
     # An eight-bit layer is several kernels unless it is compiled.
     found += [module for module in outside(denoiser, found) if type(module).__name__ in EIGHT_BITS]
     if not found:
-        raise RuntimeError(f"regional_compile: {type(denoiser).__name__} has none of the blocks that it repeats")
+        raise RuntimeError(
+            f"regional_compile: {type(denoiser).__name__} has none of the blocks that are known to repeat"
+        )
     return found
 
 

@@ -7,7 +7,7 @@ import math
 import time
 from typing import Any
 
-from diffusion_fast.modules import blocks, outside, stored_bytes
+from diffusion_fast.modules import blocks, stored_bytes
 from diffusion_fast.optimizations.registry import Build, eight_bit_formats, optimization
 from diffusion_fast.spec import RunSpec
 
@@ -570,7 +570,7 @@ def _not_kept(build: Build, name: str, candidates: dict[str, Any]) -> list[Any]:
 
 
 def _eight_bits(build: Build) -> dict[str, Any]:
-    """Quantize every linear of the denoiser that has the rows and the features, but for those that the run keeps."""
+    """Quantize every linear of the denoiser that is worth it, but for those that the run keeps."""
     import torch
 
     from diffusion_fast import eight_bits
@@ -583,7 +583,7 @@ def _eight_bits(build: Build) -> dict[str, Any]:
     if not candidates:
         raise RuntimeError(
             f"{name}_rows: none of {linears} linear layers has {LEAST_ROWS[build.spec.device]} rows, and features in "
-            "multiples of 16: it takes a larger picture or more of them in a call"
+            "multiples of 16, within a block: it takes a larger picture or more of them in a call"
         )
     chosen = set(_not_kept(build, f"{name}_rows", candidates))
     if not chosen:
@@ -611,26 +611,24 @@ def eligible(build: Build) -> tuple[dict[Any, int], dict[str, Any]]:
 def worth_eight_bits(network: Any, shapes: dict[Any, tuple[int, ...]], least_rows: int) -> dict[str, Any]:
     """By name the linear layers, given tensors of such `shapes`, that are worth it to be multiplied in eight bits.
 
-    With few rows, reading the weights takes longer than multiplying, and quantizing the input longer than both. So what
-    has two dimensions, a row a picture, stays as it is in any batch: an embedding of the time step, or the like. So do
-    keys and values of the prompt: few rows, which are the same in every step. Behind attention it is the features that
-    have to be many. What lies between a network's blocks stays, too: nothing there quantizes on the way, it is little
-    of the work, and all that the blocks make passes through it (docs/experiments.md: three quarters of what SDXL's
-    linear layers lose, squared, for 1.4% of the multiplications).
+    With few rows, reading the weights takes longer than multiplying, and quantizing the input longer than both. What no
+    kernel quantizes on the way has to be quantized by one that does nothing else.
     """
     import torch
 
-    between = set(outside(network, blocks(network)))
-    behind, of_the_prompt = _behind_attention(network), _of_the_prompt(network)
+    # Between the blocks nothing is quantized on the way, there is little work, and all passes there: of SDXL 1.4% of
+    # the multiplications, and three quarters of what linear layers lose, squared (docs/experiments.md).
+    inside = {part for block in blocks(network) for part in block.modules()} or set(network.modules())
+    behind, of_others = _behind_attention(network), _of_others(network, shapes)
     return {
         name: module
         for name, module in network.named_modules()
         if isinstance(module, torch.nn.Linear)
-        and len(shapes.get(module, ())) > 2
+        and len(shapes.get(module, ())) > 2  # two: a row a picture, an embedding of the time step or the like
         and _rows(shapes[module]) >= least_rows
         and module.in_features % 16 == module.out_features % 16 == 0
-        and module not in between
-        and module not in of_the_prompt
+        and module in inside
+        and module not in of_others
         and (module not in behind or min(module.weight.shape) >= LEAST_FEATURES_BEHIND_ATTENTION)
     }
 
@@ -643,10 +641,15 @@ def _behind_attention(network: Any) -> set[Any]:
     return {way[0] if isinstance(way, torch.nn.ModuleList) else way for way in ways if way is not None}
 
 
-def _of_the_prompt(network: Any) -> set[Any]:
-    """What diffusers' modules for cross-attention project the prompt by, fused or not."""
-    crossed = [module for module in network.modules() if getattr(module, "is_cross_attention", False)]
-    return {getattr(module, name, None) for module in crossed for name in ("to_k", "to_v", "to_kv")} - {None}
+def _of_others(network: Any, shapes: dict[Any, tuple[int, ...]]) -> set[Any]:
+    """What attention projects other tokens by than those that it asks for: the prompt's, which no block has made."""
+    return {
+        layer
+        for module in network.modules()
+        for name in ("to_k", "to_v", "to_kv")
+        if (layer := getattr(module, name, None)) is not None
+        and shapes.get(layer) != shapes.get(getattr(module, "to_q", None))
+    }
 
 
 def pixels_per_convolution(build: Build) -> dict[Any, int]:

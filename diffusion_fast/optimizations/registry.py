@@ -113,7 +113,7 @@ class Optimization:
     modes: tuple[str, ...] = ()  # the only compile modes that it goes with, where anything compiles; none: all
     lossless: bool = True  # False: changes the image by more than rounding
     takes_adapters: bool = True  # False: layers are gone that a LoRA attached afterwards would have to change
-    # Of eight_bits.py: to which it quantizes all linear layers, or all convolutions, but those that a run keeps.
+    # Of eight_bits.py: to which it quantizes the linear layers, or convolutions, that are worth it and aren't kept.
     number_format: str = ""
     image_format: str = ""
     needs_guidance: bool = False  # a guidance scale above 1
