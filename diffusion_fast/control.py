@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffusion_fast.optimizations import same_work
+from diffusion_fast.rows import optimization_names
 
 CLOSENESS = ("prompt_psnr_db", "psnr_db")  # over many pictures where there are many, else of the one
 
@@ -34,9 +35,9 @@ def verdicts(rows: Sequence[dict[str, Any]]) -> list[Verdict]:
     measured = [row for row in ordered if row["status"] == "FINISHED"]
     found = []
     for row in measured:
-        exact = [name for name in _names(row) if same_work((name,))]
-        controls = [each for each in measured if _names(each) == exact and each["steps"] <= row["steps"]]
-        if exact != _names(row) and len(controls) > 1:
+        exact = [name for name in optimization_names(row) if same_work((name,))]
+        controls = [each for each in measured if optimization_names(each) == exact and each["steps"] <= row["steps"]]
+        if exact != optimization_names(row) and len(controls) > 1:
             slower = [each for each in controls if _latency(each) >= _latency(row)]
             found.append(
                 _against(row, min(slower, key=_latency)) if slower else _slowest(row, max(controls, key=_latency))
@@ -80,7 +81,3 @@ def _named(row: dict[str, Any]) -> str:
 
 def _latency(row: dict[str, Any]) -> float:
     return float(row["latency_median_s"])
-
-
-def _names(row: dict[str, Any]) -> list[str]:
-    return [name for name in str(row.get("optimizations", "")).split(",") if name]

@@ -248,7 +248,7 @@ def warnings(row: dict[str, Any]) -> list[str]:
         found.append(f"another process was on the GPU while {rung} was measured")
     if row.get("held_back"):
         found.append(f"the GPU was held back ({row['held_back']}) while {rung} was measured")
-    for part in left_out(_names(row)):
+    for part in left_out(optimization_names(row)):
         found.append(f"{rung} repeats one prompt, and what was measured is without {part.replace('_', ' ')}")
     if row.get("fidelity_ok") is False:
         share = row.get("one_step_of_allowed_max")  # measurements from before it was kept have none
@@ -259,7 +259,8 @@ def warnings(row: dict[str, Any]) -> list[str]:
     return found
 
 
-def _names(row: dict[str, Any]) -> list[str]:
+def optimization_names(row: dict[str, Any]) -> list[str]:
+    """A row's optimizations, one by one."""
     names = row.get("optimizations")  # not a number, in a frame, where there are none
     return [name for name in names.split(",") if name] if isinstance(names, str) else []
 
@@ -281,7 +282,7 @@ def typed(texts: dict[str, Any]) -> dict[str, Any]:
 
 def seed_row(flat: dict[str, Any]) -> dict[str, Any]:
     """The columns of diffusion-fast's own CSV, by its names."""
-    names = _names(flat)
+    names = optimization_names(flat)
     compiled = compiles(names)
     memory = flat.get("peak_memory_gib")
     return {

@@ -15,6 +15,7 @@ from textwrap import fill
 from typing import Any
 
 from diffusion_fast.optimizations import OPTIMIZATIONS, compiles
+from diffusion_fast.rows import optimization_names
 from diffusion_fast.spec import SWEEP, Ladder, Model
 
 SHARES = (1 / 2, 3 / 4, 1, 3 / 2)  # of the model's own height: of 1024 pixels 512, 768, 1024 and 1536
@@ -119,7 +120,7 @@ def columns(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
 
 def caption(row: Row) -> str:
     """What all points share, in one line; `row` is any of them."""
-    named = [*filter(None, row.get("optimizations", "").split(","))]
+    named = optimization_names(row)
     named += [f"mode {row['compile_mode']}"] if row.get("compile_mode") else []
     recipe = f"{row['recipe']} ({', '.join(named)})" if named else row["recipe"]
     return (

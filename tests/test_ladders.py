@@ -87,11 +87,7 @@ def in_a_process(made: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize(("model", "recipe"), cases())
 def test_a_rung_paints_the_models_picture(
-    model: str,
-    recipe: Recipe,
-    plain: dict[str, torch.Tensor],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    model: str, recipe: Recipe, plain: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     known = MODELS["tiny"] if model == "tiny" else miniature(model, tmp_path)
     if model == "sana" and "vae_tiling" in recipe.optimizations:

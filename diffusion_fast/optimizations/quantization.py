@@ -7,7 +7,7 @@ import math
 import time
 from typing import Any
 
-from diffusion_fast.modules import blocks, stored_bytes
+from diffusion_fast.modules import blocks, outside, stored_bytes
 from diffusion_fast.optimizations.registry import Build, eight_bit_formats, optimization
 from diffusion_fast.spec import RunSpec
 
@@ -618,7 +618,8 @@ def worth_eight_bits(network: Any, shapes: dict[Any, tuple[int, ...]], least_row
 
     # Between the blocks nothing is quantized on the way, there is little work, and all passes there: of SDXL 1.4% of
     # the multiplications, and three quarters of what linear layers lose, squared (docs/experiments.md).
-    inside = {part for block in blocks(network) for part in block.modules()} or set(network.modules())
+    repeated = blocks(network)
+    between = set(outside(network, repeated)) if repeated else set()
     behind, of_others = _behind_attention(network), _of_others(network, shapes)
     return {
         name: module
@@ -627,7 +628,7 @@ def worth_eight_bits(network: Any, shapes: dict[Any, tuple[int, ...]], least_row
         and len(shapes.get(module, ())) > 2  # two: a row a picture, an embedding of the time step or the like
         and _rows(shapes[module]) >= least_rows
         and module.in_features % 16 == module.out_features % 16 == 0
-        and module in inside
+        and module not in between
         and module not in of_others
         and (module not in behind or min(module.weight.shape) >= LEAST_FEATURES_BEHIND_ATTENTION)
     }
