@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import re
+import types
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -107,6 +109,48 @@ def _paint(build: Build, prompts: str | list[str], images_per_prompt: int, gener
         **build.call_arguments,
     ).images
     return images
+
+
+def one_image_at_a_time(build: Build) -> None:
+    """From here on denoiser and VAE compute each image of a batch as if it were alone, with its guidance.
+
+    An image is what it would be without the others then, however large a batch makes the tensors. In a batch of eight
+    of SDXL torch 2.11's eager fp32 doesn't give that (docs/experiments.md).
+    """
+    images = build.spec.batch_size
+    if images > 1:
+        build.denoiser.forward = _in_parts(build.denoiser, "forward", images)
+        build.pipe.vae.decode = _in_parts(build.pipe.vae, "decode", images)
+
+
+def _in_parts(network: Any, method: str, count: int) -> Any:
+    """`network.method`, its batch in `count` parts one after the other. A copy of the network has its own."""
+    import torch
+    from torch.utils import _pytree as pytree
+
+    whole = getattr(type(network), method)
+
+    @functools.wraps(whole)
+    def in_parts(self: Any, *args: Any, **kwargs: Any) -> Any:
+        leaves, tree = pytree.tree_flatten((args, kwargs))
+        rows = next(leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim)
+        if rows % count:  # a call for one image, of which operations are counted
+            return whole(self, *args, **kwargs)
+
+        def split(leaf: Any) -> Any:
+            batched = isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == rows
+            return leaf.chunk(count) if batched else [leaf] * count
+
+        outputs = []
+        for part in zip(*map(split, leaves), strict=True):
+            part_args, part_kwargs = pytree.tree_unflatten(list(part), tree)
+            outputs.append(whole(self, *part_args, **part_kwargs))
+        return pytree.tree_map(together, *outputs)
+
+    def together(*parts: Any) -> Any:
+        return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else parts[0]
+
+    return types.MethodType(in_parts, network)
 
 
 def no_tf32() -> None:

@@ -91,14 +91,16 @@ def make_reference(spec: RunSpec, folder: Path, progress: Progress) -> None:
     With them the same pipeline's images in the rungs' other number formats, and what single steps give in each.
     """
     build, _, _ = _load(spec, progress)
-    progress("rendering the reference")
-    _, decoded = _phases(build)
     import numpy
     import torch
     from safetensors.torch import save_file
 
     from diffusion_fast import onestep, roofline
+    from diffusion_fast.pipeline import one_image_at_a_time
 
+    one_image_at_a_time(build)
+    progress("rendering the reference")
+    _, decoded = _phases(build)
     _refuse_broken(decoded)
     _save_image(_to_pil(decoded), folder)
     spool.write_json(folder / "environment.json", _environment(spec, folder))

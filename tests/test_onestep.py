@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,3 +126,23 @@ def test_an_eager_format_that_overflows_judges_nobody() -> None:
     steps = [{"index": 3, "output": torch.ones(4), "eager": {"bfloat16": torch.full((4,), float("nan"))}}]
     with pytest.raises(ValueError, match="eager bfloat16 gave values that are not finite at step 3"):
         onestep.compare(spec("bf16"), [torch.ones(4)], steps)
+
+
+def test_the_reference_of_a_batch_computes_each_image_alone() -> None:
+    alone, together = (build(planned(steps=2, batch_size=3).reference) for _ in range(2))
+    pipeline.one_image_at_a_time(alone)
+    rows: dict[str, set[int]] = {"denoiser": set(), "decoder": set()}
+    alone.denoiser.conv_in.register_forward_pre_hook(lambda _, args: rows["denoiser"].add(len(args[0])))
+    alone.pipe.vae.decoder.register_forward_pre_hook(lambda _, args: rows["decoder"].add(len(args[0])))
+    with torch.no_grad():
+        steps, images = onestep.record(alone), pipeline.call(alone)
+        others = pipeline.call(together)
+        with_floors(alone, steps, {"float32", "bfloat16", "float16"})
+    assert rows == {"denoiser": {2}, "decoder": {1}}  # guidance takes two rows an image
+    assert [step["output"].shape for step in steps] == [(6, 4, 16, 16)] * 2
+    assert len(images) == 3
+    for image, other in zip(images, others, strict=True):
+        assert np.abs(np.asarray(image, int) - np.asarray(other, int)).max() <= 1
+    for step in steps:  # in bfloat16 by a copy of the network, in float16 by itself
+        assert 0.001 < onestep.distance(step["eager"]["bfloat16"], step["output"]) < 0.05
+        assert 0.0001 < onestep.distance(step["eager"]["float16"], step["output"]) < 0.005
