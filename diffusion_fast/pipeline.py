@@ -119,19 +119,25 @@ def one_image_at_a_time(build: Build) -> None:
     """
     images = build.spec.batch_size
     if images > 1:
-        build.denoiser.forward = _in_parts(build.denoiser, "forward", images)
-        build.pipe.vae.decode = _in_parts(build.pipe.vae, "decode", images)
+        build.denoiser.forward = in_parts(build.denoiser, "forward", images)
+        build.pipe.vae.decode = in_parts(build.pipe.vae, "decode", images)
 
 
-def _in_parts(network: Any, method: str, count: int) -> Any:
-    """`network.method`, its batch in `count` parts one after the other. A copy of the network has its own."""
+def in_parts(network: Any, method: str, count: int) -> Any:
+    """`network.method`, its batch in `count` parts one after the other. A copy of the network has its own.
+
+    A batch is as large as the first tensor that it is given has rows; all others with as many rows are of it.
+    """
     import torch
     from torch.utils import _pytree as pytree
 
     whole = getattr(type(network), method)
 
+    def together(*parts: Any) -> Any:
+        return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else parts[0]
+
     @functools.wraps(whole)
-    def in_parts(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def parted(self: Any, *args: Any, **kwargs: Any) -> Any:
         leaves, tree = pytree.tree_flatten((args, kwargs))
         rows = next(leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim)
         if rows % count:  # a call for one image, of which operations are counted
@@ -147,10 +153,7 @@ def _in_parts(network: Any, method: str, count: int) -> Any:
             outputs.append(whole(self, *part_args, **part_kwargs))
         return pytree.tree_map(together, *outputs)
 
-    def together(*parts: Any) -> Any:
-        return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else parts[0]
-
-    return types.MethodType(in_parts, network)
+    return types.MethodType(parted, network)
 
 
 def no_tf32() -> None:

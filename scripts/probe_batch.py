@@ -1,0 +1,95 @@
+"""Which layers and operations of an eager denoiser give a batch something else than its images alone.
+
+    python scripts/probe_batch.py --model sdxl --weights random --batch-size 8
+
+One step in fp32, attention written out, as the reference would compute it if it took the batch whole. Each layer, and
+each of attention's products and softmax, is computed once more image by image from the same input; what differs by more
+than rounding is listed, and the whole network last. Compiled recipes have other kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffusion_fast import onestep, plan
+from diffusion_fast.pipeline import build_pipeline, in_parts
+
+ROUNDING = 1e-4  # relative: sums in another order differ by a tenth of this
+PRODUCTS = ("baddbmm", "bmm", "_softmax")
+
+
+class Apart(TorchDispatchMode):
+    """Attention's operations, each part of the batch alone beside the whole."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+        self.layer = ""
+        self.errors: dict[str, list[float]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in PRODUCTS and len(output) % self.count == 0:
+            whole = [each for each in args if isinstance(each, torch.Tensor)]
+            others = args[len(whole) :]
+            error = 0.0
+            for index, part in enumerate(zip(*(each.chunk(self.count) for each in whole), strict=True)):
+                alone = func(*part, *others, **(kwargs or {}))
+                error = max(error, onestep.distance(output.chunk(self.count)[index], alone))
+            self.errors.setdefault(f"{name} -> {tuple(output.shape)}", []).append(error)
+        return output
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="sdxl")
+    parser.add_argument("--weights")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--device", default="cuda")
+    chosen = parser.parse_args()
+    model, device = plan.find_model(chosen.model), plan.find_device(chosen.device)
+    recipes, _ = plan.find_ladder("progressive", device, model)
+    settings = plan.Settings(weights=chosen.weights, accuracy_prompts=0, batch_size=chosen.batch_size)
+    spec = plan.plan_ladder("progressive", recipes, model, device, settings).reference
+    torch.set_grad_enabled(False)
+    build, _ = build_pipeline(spec, lambda stage: print(f"  {stage}", flush=True))
+    given: list[Any] = []
+    hook = build.denoiser.register_forward_pre_hook(
+        lambda _, args, kwargs: given.append((args, kwargs)), with_kwargs=True
+    )
+    build.short_call(hook)
+    args, kwargs = given[0]
+    count = chosen.batch_size
+    layers: dict[str, float] = {}
+
+    def compare(name: str) -> Any:
+        def again(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
+            layers[name] = onestep.distance(output, in_parts(layer, "forward", count)(*args, **kwargs))
+
+        return again
+
+    hooks = [
+        layer.register_forward_hook(compare(name), with_kwargs=True)
+        for name, layer in build.denoiser.named_modules()
+        if not list(layer.children()) and list(layer.parameters())
+    ]
+    with Apart(count) as products:
+        whole = build.denoiser(*args, **kwargs)[0]
+    for hook in hooks:
+        hook.remove()
+    for name, error in layers.items():
+        if error > ROUNDING:
+            print(f"{name}: {error:.1e}")
+    for name, errors in products.errors.items():
+        print(f"{name}: {sum(each > ROUNDING for each in errors)} of {len(errors)} differ, at most {max(errors):.1e}")
+    alone = in_parts(build.denoiser, "forward", count)(*args, **kwargs)[0]
+    print(f"{len(layers)} layers compared; the whole network: {onestep.distance(whole, alone):.1e}")
+
+
+if __name__ == "__main__":
+    main()
