@@ -6,6 +6,7 @@ Over a whole trajectory rounding is amplified, and two good images may drift apa
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from typing import Any
 
@@ -113,6 +114,7 @@ def _eager_in(build: Build, formats: set[str]) -> Iterator[str]:
             # For the last one they are converted where they are: a large model has no room beside itself.
             own = network if name == halves[-1] else copy.deepcopy(network)
             setattr(build.pipe, part, own.to(getattr(torch, name)))
+        gc.collect()  # one that computes in parts holds itself, and the one before would stay on the device
         build.dtype = name
         yield name
 

@@ -126,7 +126,8 @@ def one_image_at_a_time(build: Build) -> None:
 def in_parts(network: Any, method: str, count: int) -> Any:
     """`network.method`, its batch in `count` parts one after the other. A copy of the network has its own.
 
-    A batch is as large as the first tensor that it is given has rows; all others with as many rows are of it.
+    A batch is as large as the first tensor that it is given has rows; all others with as many rows are of it. A part is
+    every `count`-th row: guidance has all images without the prompt first, and then all with it.
     """
     import torch
     from torch.utils import _pytree as pytree
@@ -134,18 +135,18 @@ def in_parts(network: Any, method: str, count: int) -> Any:
     whole = getattr(type(network), method)
 
     def together(*parts: Any) -> Any:
-        return torch.cat(parts) if isinstance(parts[0], torch.Tensor) else parts[0]
+        return torch.stack(parts, 1).flatten(0, 1) if isinstance(parts[0], torch.Tensor) else parts[0]
 
     @functools.wraps(whole)
     def parted(self: Any, *args: Any, **kwargs: Any) -> Any:
         leaves, tree = pytree.tree_flatten((args, kwargs))
         rows = next(leaf.shape[0] for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.ndim)
-        if rows % count:  # a call for one image, of which operations are counted
+        if rows % count:  # fewer than images: a call for one, of which operations are counted
             return whole(self, *args, **kwargs)
 
         def split(leaf: Any) -> Any:
             batched = isinstance(leaf, torch.Tensor) and leaf.ndim and leaf.shape[0] == rows
-            return leaf.chunk(count) if batched else [leaf] * count
+            return [leaf[index::count] if batched else leaf for index in range(count)]
 
         outputs = []
         for part in zip(*map(split, leaves), strict=True):
