@@ -1,4 +1,4 @@
-"""On a GPU: what each kernel of diffusion_fast takes at SDXL's shapes, beside what PyTorch has for it.
+"""On a GPU: what each kernel of diffusion_fast takes at shapes of SDXL and SD 1.5, beside what PyTorch has for it.
 
     python3 -u scripts/bench_kernels.py --json kernels.json
     python3 -u scripts/bench_kernels.py --only geglu,convolution --seconds 60
@@ -158,6 +158,12 @@ def matmul_cases(device: str, check: bool) -> Iterator[Case]:
         (8192, 5120, 640),
         (8192, 640, 2560),
         (154, 2560, 2048),
+        # SD 1.5 at 512×512
+        (8192, 2560, 320),
+        (8192, 320, 1280),
+        (512, 10240, 1280),
+        (512, 1280, 5120),
+        (512, 3840, 1280),
     )
     for rows, columns, depth in sizes if not check else ((20, 32, 32),):
 
@@ -288,6 +294,13 @@ def convolution_cases(device: str, check: bool) -> Iterator[Case]:
         (1280, 1280, 32, 1),
         (2560, 1280, 32, 1),
         (320, 320, 128, 2),
+        # SD 1.5 at 512×512
+        (320, 320, 64, 1),
+        (640, 640, 32, 1),
+        (1280, 1280, 16, 1),
+        (2560, 1280, 16, 1),
+        (1280, 1280, 8, 1),
+        (2560, 1280, 8, 1),
     )
     for channels, columns, side, stride in sizes if not check else ((32, 16, 4, 1), (32, 16, 4, 2)):
 
