@@ -18,7 +18,7 @@ POINTS = 5  # steps of a trajectory that are looked at, the first and the last a
 ALLOWED = 1.2  # times the floor, for a recipe that claims to lose nothing
 ROUNDING = 1e-5  # relative: fp32's own floor is nought, and sums in another order differ by about a tenth of this
 
-# "index", "args" and "kwargs" of the denoiser, "output"; by number format "eager"; by the denoiser's dtype "dtypes".
+# "index", "args" and "kwargs" of the denoiser, "output"; by number format "eager"; by the denoiser's dtype "own".
 Step = dict[str, Any]
 
 
@@ -39,7 +39,7 @@ def record(build: Build) -> list[Step]:
         if index in wanted:
             kept = torch.utils._pytree.tree_map(lambda value: _moved(value, "cpu"), (args, kwargs, output[0]))
             args, kwargs, given = kept
-            found.append({"index": index, "args": args, "kwargs": kwargs, "output": given, "eager": {}, "dtypes": {}})
+            found.append({"index": index, "args": args, "kwargs": kwargs, "output": given, "eager": {}, "own": {}})
 
     hook = build.denoiser.register_forward_hook(note, with_kwargs=True)
     try:
@@ -50,7 +50,10 @@ def record(build: Build) -> list[Step]:
 
 
 def replay(build: Build, steps: list[Step]) -> list[Any]:
-    """The denoiser's outputs for recorded inputs, fp32 on the CPU. Raises RuntimeError rather than compile anew."""
+    """The denoiser's outputs for recorded inputs, fp32 on the CPU. Raises RuntimeError rather than compile anew.
+
+    In another number format these are cast, but for what a pipeline itself has rounded there: it is given that.
+    """
     import torch
     from torch.utils import _pytree as pytree
 
@@ -59,8 +62,11 @@ def replay(build: Build, steps: list[Step]) -> list[Any]:
     with torch.compiler.set_stance("fail_on_recompile"), ahead.nothing_new():
         for step in steps:
             leaves, tree = pytree.tree_flatten((step["args"], step["kwargs"]))
-            dtypes = step["dtypes"].get(str(dtype)) or [_usual(leaf, dtype) for leaf in leaves]
-            moved = [_moved(leaf, device, each) for leaf, each in zip(leaves, dtypes, strict=True)]
+            own = step["own"].get(str(dtype)) or [_usual(leaf, dtype) for leaf in leaves]
+            moved = [
+                _moved(each, device) if isinstance(each, torch.Tensor) else _moved(leaf, device, each)
+                for leaf, each in zip(leaves, own, strict=True)
+            ]
             args, kwargs = pytree.tree_unflatten(moved, tree)
             outputs.append(build.denoiser(*args, **kwargs)[0].to("cpu", torch.float32, copy=True))
     return outputs
@@ -71,29 +77,29 @@ def floors(build: Build, steps: list[Step], formats: set[str]) -> Iterator[str]:
 
     Leaves it in the last of them.
     """
+    import torch
+    from torch.utils import _pytree as pytree
+
     for numbers in _eager_in(build, formats):
-        dtypes = _given_dtypes(build)
-        for step in steps:
-            step["dtypes"][str(build.denoiser.dtype)] = dtypes
+        if build.denoiser.dtype != torch.float32:
+            for step, there in zip(steps, record(build), strict=True):
+                leaves = pytree.tree_leaves((there["args"], there["kwargs"]))
+                step["own"][str(build.denoiser.dtype)] = [_own(leaf) for leaf in leaves]
         for step, output in zip(steps, replay(build, steps), strict=True):
             step["eager"][numbers] = output
         yield numbers
 
 
-def _given_dtypes(build: Build) -> list[Any]:
-    """Of all that the pipeline gives its denoiser, in a step: what its own dtype is, and what the scheduler's."""
+def _own(value: Any) -> Any:
+    """Of what a pipeline in 16 bits gives its denoiser: numbers as they are, of latents and embeddings the dtype.
+
+    It may have rounded a time step before dividing it (FLUX's: 750 is 752 and 0.7539 in bf16, and not 0.75).
+    """
     import torch
-    from torch.utils import _pytree as pytree
 
-    found: list[Any] = []
-
-    def note(_: Any, args: Any, kwargs: Any) -> None:
-        found[:] = [
-            leaf.dtype if isinstance(leaf, torch.Tensor) else None for leaf in pytree.tree_leaves((args, kwargs))
-        ]
-
-    build.short_call(build.denoiser.register_forward_pre_hook(note, with_kwargs=True))
-    return found
+    if not isinstance(value, torch.Tensor):
+        return None
+    return value if value.ndim < 2 else value.dtype
 
 
 def _eager_in(build: Build, formats: set[str]) -> Iterator[str]:

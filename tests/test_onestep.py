@@ -1,6 +1,7 @@
 """Single denoising steps: the same from the same latents, and a recipe that loses more than rounding is found out."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,11 @@ import pytest
 import torch
 
 from diffusion_fast import onestep, pipeline
+from diffusion_fast.models import MODELS
 from diffusion_fast.optimizations import Build
 from diffusion_fast.spec import RunSpec
 from tests.conftest import H100, planned
+from tests.miniatures import miniature
 
 
 def build(spec: RunSpec) -> Build:
@@ -126,6 +129,40 @@ def test_an_eager_format_that_overflows_judges_nobody() -> None:
     steps = [{"index": 3, "output": torch.ones(4), "eager": {"bfloat16": torch.full((4,), float("nan"))}}]
     with pytest.raises(ValueError, match="eager bfloat16 gave values that are not finite at step 3"):
         onestep.compare(spec("bf16"), [torch.ones(4)], steps)
+
+
+@pytest.mark.parametrize("model", ["flux-schnell", "pixart-alpha", "sd3.5-medium"])
+def test_a_step_in_16_bits_is_given_the_time_that_its_pipeline_gives(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(MODELS, model, miniature(model, tmp_path))
+    ladder = planned(model=model, weights="random", steps=4)
+    rung = next(spec for spec in ladder.rungs if spec.dtype == "bfloat16")
+
+    def times(made: Build, run: Any) -> list[torch.Tensor]:
+        found: list[torch.Tensor] = []
+        note = made.denoiser.register_forward_pre_hook(
+            lambda _, args, kwargs: found.append(kwargs["timestep"].clone()), with_kwargs=True
+        )
+        run()
+        note.remove()
+        return found
+
+    with torch.no_grad():
+        made = build(ladder.reference)
+        steps = onestep.record(made)
+        with_floors(made, steps, {"bfloat16"})
+        made = build(rung)
+        called = times(made, lambda: pipeline.call(made))
+        replayed = times(made, lambda: onestep.replay(made, steps))
+    assert len(called) == len(replayed) == 4
+    for one, other in zip(called, replayed, strict=True):
+        assert one.dtype == other.dtype
+        assert one.stride() == other.stride()
+        assert torch.equal(one, other)
+    if model == "flux-schnell":
+        assert [each.tolist() for each in called] == [[1.0], [0.75390625], [0.5], [0.25]]
+        assert [step["kwargs"]["timestep"].tolist() for step in steps] == [[1.0], [0.75], [0.5], [0.25]]
 
 
 def test_the_reference_of_a_batch_computes_each_image_alone() -> None:
