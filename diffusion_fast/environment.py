@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -53,11 +54,12 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def installed() -> str:
-    """Every installed distribution, as lines of a requirements file."""
-    found = {
-        (distribution.metadata["Name"], distribution.version) for distribution in importlib.metadata.distributions()
-    }
-    return "".join(f"{name}=={version}\n" for name, version in sorted(found, key=lambda pair: pair[0].lower()))
+    """Every installed distribution, as lines of a requirements file: of two of one name what is imported, the first."""
+    found: dict[str, str] = {}  # setuptools brings older ones of its own, behind all others, once it is imported
+    for distribution in importlib.metadata.distributions():
+        name = distribution.metadata["Name"]
+        found.setdefault(re.sub(r"[-_.]+", "-", name).lower(), f"{name}=={distribution.version}\n")
+    return "".join(found[name] for name in sorted(found))
 
 
 def flags() -> list[str]:

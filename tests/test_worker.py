@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from diffusion_fast import measure, models, pipeline, spool, worker, world
+from diffusion_fast import environment, measure, models, pipeline, spool, worker, world
 from diffusion_fast.draw import arrange, draw
 from diffusion_fast.optimizations import Build
 from diffusion_fast.spec import Failure, Result, RunSpec
@@ -249,3 +250,16 @@ def test_the_age_of_the_process_is_its_age() -> None:
     time.sleep(0.2)
     assert worker.process_age_s() - before == pytest.approx(0.2, abs=0.05)
     assert 0 < before < 36_000
+
+
+def test_of_two_installed_versions_the_imported_one_is_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder, name, version in (("first", "Two_of.It", "2.0"), ("vendored", "two-of-it", "1.0")):
+        metadata = tmp_path / folder / f"two_of_it-{version}.dist-info" / "METADATA"
+        metadata.parent.mkdir(parents=True)
+        metadata.write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "first"), *sys.path, str(tmp_path / "vendored")])
+    lines = environment.installed().splitlines()
+    assert [line for line in lines if line.lower().startswith("two")] == ["Two_of.It==2.0"]
+    assert len(lines) == len({line.split("==")[0].lower() for line in lines}) > 50
