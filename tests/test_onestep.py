@@ -131,13 +131,24 @@ def test_an_eager_format_that_overflows_judges_nobody() -> None:
         onestep.compare(spec("bf16"), [torch.ones(4)], steps)
 
 
+def in_bf16(
+    model: str, folder: Path, monkeypatch: pytest.MonkeyPatch, recipe: str = "bf16"
+) -> tuple[RunSpec, list[onestep.Step]]:
+    """A rung of a miniature's ladder of four steps, and these."""
+    monkeypatch.setitem(MODELS, model, miniature(model, folder))
+    ladder = planned(model=model, weights="random", steps=4)
+    with torch.no_grad():
+        made = build(ladder.reference)
+        steps = onestep.record(made)
+        with_floors(made, steps, {"bfloat16"})
+    return next(spec for spec in ladder.rungs if spec.recipe == recipe), steps
+
+
 @pytest.mark.parametrize("model", ["flux-schnell", "pixart-alpha", "sd3.5-medium"])
 def test_a_step_in_16_bits_is_given_the_time_that_its_pipeline_gives(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(MODELS, model, miniature(model, tmp_path))
-    ladder = planned(model=model, weights="random", steps=4)
-    rung = next(spec for spec in ladder.rungs if spec.dtype == "bfloat16")
+    rung, steps = in_bf16(model, tmp_path, monkeypatch)
 
     def times(made: Build, run: Any) -> list[torch.Tensor]:
         found: list[torch.Tensor] = []
@@ -148,11 +159,8 @@ def test_a_step_in_16_bits_is_given_the_time_that_its_pipeline_gives(
         note.remove()
         return found
 
+    made = build(rung)
     with torch.no_grad():
-        made = build(ladder.reference)
-        steps = onestep.record(made)
-        with_floors(made, steps, {"bfloat16"})
-        made = build(rung)
         called = times(made, lambda: pipeline.call(made))
         replayed = times(made, lambda: onestep.replay(made, steps))
     assert len(called) == len(replayed) == 4
@@ -170,15 +178,10 @@ def test_flux_compiled_whole_takes_its_second_step_from_another_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where it no longer does, docs/experiments.md is to be mended: Inductor leaves out a rounding of eager's."""
-    monkeypatch.setitem(MODELS, "flux-schnell", miniature("flux-schnell", tmp_path))
-    ladder = planned(model="flux-schnell", weights="random", steps=4)
-    rung = next(spec for spec in ladder.rungs if spec.recipe == "sdpa")
+    rung, steps = in_bf16("flux-schnell", tmp_path, monkeypatch, "sdpa")
+    made = build(rung)
     torch._dynamo.reset()
     with torch.no_grad():
-        made = build(ladder.reference)
-        steps = onestep.record(made)
-        with_floors(made, steps, {"bfloat16"})
-        made = build(rung)
         eager = onestep.compare(rung, onestep.replay(made, steps), steps)
         made.denoiser.compile(fullgraph=True, dynamic=False)
         pipeline.call(made)
