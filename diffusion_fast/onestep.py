@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from diffusion_fast import ahead
@@ -22,11 +23,10 @@ ROUNDING = 1e-5  # relative: fp32's own floor is nought, and sums in another ord
 Step = dict[str, Any]
 
 
-def record(build: Build) -> list[Step]:
-    """What the denoiser is given and what it gives, at POINTS steps of one call: tensors on the CPU."""
+@contextmanager
+def record(build: Build) -> Iterator[list[Step]]:
+    """Within, of one call: what the denoiser is given and what it gives, at POINTS steps. Tensors on the CPU."""
     import torch
-
-    from diffusion_fast.pipeline import call
 
     count = build.spec.steps
     wanted = sorted({round(point * (count - 1) / max(POINTS - 1, 1)) for point in range(POINTS)})
@@ -43,10 +43,9 @@ def record(build: Build) -> list[Step]:
 
     hook = build.denoiser.register_forward_hook(note, with_kwargs=True)
     try:
-        call(build)
+        yield found
     finally:
         hook.remove()
-    return found
 
 
 def replay(build: Build, steps: list[Step]) -> list[Any]:
@@ -75,19 +74,20 @@ def replay(build: Build, steps: list[Step]) -> list[Any]:
 def floors(build: Build, steps: list[Step], formats: set[str]) -> Iterator[str]:
     """Bring the reference's pipeline into one number format after another, and add to the steps what it gives there.
 
-    Leaves it in the last of them.
+    A call is to be made in each: ValueError where there was none in 16 bits. Leaves it in the last of them.
     """
     import torch
     from torch.utils import _pytree as pytree
 
     for numbers in _eager_in(build, formats):
+        with record(build) as found:
+            yield numbers
         if build.denoiser.dtype != torch.float32:
-            for step, there in zip(steps, record(build), strict=True):
+            for step, there in zip(steps, found, strict=True):
                 leaves = pytree.tree_leaves((there["args"], there["kwargs"]))
                 step["own"][str(build.denoiser.dtype)] = [_own(leaf) for leaf in leaves]
         for step, output in zip(steps, replay(build, steps), strict=True):
             step["eager"][numbers] = output
-        yield numbers
 
 
 def _own(value: Any) -> Any:

@@ -66,7 +66,7 @@ def measure(spec: RunSpec, target: float | None, tell: Any) -> dict[str, Any]:
 
     from diffusion_fast import eight_bits, onestep
     from diffusion_fast.optimizations.quantization import eligible, pixels_per_convolution
-    from diffusion_fast.pipeline import build_pipeline
+    from diffusion_fast.pipeline import build_pipeline, call
 
     of_linears, of_images = eight_bit_formats(spec.optimizations)
     # In eager mode: a layer more or less would be compiled anew each time.
@@ -76,7 +76,8 @@ def measure(spec: RunSpec, target: float | None, tell: Any) -> dict[str, Any]:
     torch.set_grad_enabled(False)
     build, _ = build_pipeline(replace(spec, optimizations=plain), tell)
     tell("recording single steps")
-    steps = onestep.record(build)
+    with onestep.record(build) as steps:
+        call(build)
     steps = [steps[index] for index in sorted({0, len(steps) // 2, len(steps) - 1})]
     before = onestep.replay(build, steps)
 

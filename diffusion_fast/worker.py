@@ -100,14 +100,13 @@ def make_reference(spec: RunSpec, folder: Path, progress: Progress) -> None:
 
     one_image_at_a_time(build)
     progress("rendering the reference")
-    _, decoded = _phases(build)
+    with onestep.record(build) as steps:
+        _, decoded = _phases(build)
     _refuse_broken(decoded)
     _save_image(_to_pil(decoded), folder)
     spool.write_json(folder / "environment.json", _environment(spec, folder))
     progress("counting operations")
     spool.write_json(folder / spool.REFERENCE_FLOPS, roofline.count_flops(build))
-    progress("recording single steps")
-    steps = onestep.record(build)
     if spec.accuracy_prompts:
         progress(f"painting {spec.accuracy_prompts} held-out prompts")
         pictures = _painted(build)[1]

@@ -193,7 +193,8 @@ def test_operations_are_counted_and_steps_replayed_as_ever(uncompiled: Path) -> 
     assert roofline.count_flops(replace(made, spec=replace(made.spec, batch_size=2))) == roofline.count_flops(
         replace(plain, spec=replace(plain.spec, batch_size=2))
     )
-    steps = onestep.record(plain)
+    with onestep.record(plain) as steps:
+        call(plain)
     other = [step | {"args": (torch.cat([step["args"][0]] * 2), *step["args"][1:])} for step in steps]
     with pytest.raises(RuntimeError, match="unet would have to be compiled for other arguments"):
         onestep.replay(made, other)

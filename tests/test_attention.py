@@ -130,7 +130,8 @@ def test_every_layer_of_the_unet_attends_by_it_and_the_picture_stays(
 
 def test_single_steps_lose_nothing() -> None:
     reference, _ = build()
-    steps = onestep.record(reference)
+    with onestep.record(reference) as steps:
+        call(reference)
     eager, _ = build("bf16", "sdpa")
     for step, output in zip(steps, onestep.replay(eager, steps), strict=True):
         step["eager"]["bfloat16"] = output

@@ -83,7 +83,8 @@ def test_in_eight_bits_it_is_what_its_layers_are_one_by_one(name: str) -> None:
 
 def test_every_geglu_of_the_denoiser_is_fused_and_single_steps_lose_nothing() -> None:
     reference, _ = build()
-    steps = onestep.record(reference)
+    with onestep.record(reference) as steps:
+        call(reference)
     eager, _ = build("bf16", "sdpa")
     for step, output in zip(steps, onestep.replay(eager, steps), strict=True):
         step["eager"]["bfloat16"] = output

@@ -13,7 +13,7 @@ from diffusion_fast import eight_bits, norms, onestep, operators
 from diffusion_fast.optimizations import OPTIMIZATIONS, compilation
 from diffusion_fast.pipeline import call
 from tests.conftest import planned
-from tests.test_onestep import with_floors
+from tests.test_onestep import recorded_in
 from tests.test_optimizations import build
 
 
@@ -103,8 +103,7 @@ def test_every_group_norm_of_an_image_is_replaced_and_the_picture_stays() -> Non
 
 def test_one_step_loses_no_more_than_bf16_does() -> None:
     reference, _ = build(steps=7)
-    steps = onestep.record(reference)
-    with_floors(reference, steps, {"bfloat16"})
+    steps = recorded_in(reference, {"bfloat16"})
     made, _ = build("bf16", "sdpa", "channels_last", "group_norm_kernels", steps=7)
     found = onestep.compare(made.spec, onestep.replay(made, steps), steps)
     assert found["ok"] is True

@@ -21,18 +21,19 @@ def build(spec: RunSpec) -> Build:
         return pipeline.build_pipeline(spec, lambda _: None)[0]
 
 
-def with_floors(made: Build, steps: list[onestep.Step], formats: set[str]) -> None:
+def recorded_in(made: Build, formats: set[str]) -> list[onestep.Step]:
+    """The steps of a call, with the floors in the formats."""
+    with onestep.record(made) as steps:
+        pipeline.call(made)
     for _ in onestep.floors(made, steps, formats):
-        pass
+        pipeline.call(made)
+    return steps
 
 
 @pytest.fixture(scope="module")
 def recorded() -> list[onestep.Step]:
     with torch.no_grad():
-        made = build(planned(steps=7).reference)
-        steps = onestep.record(made)
-        with_floors(made, steps, {"float32", "bfloat16"})
-    return steps
+        return recorded_in(build(planned(steps=7).reference), {"float32", "bfloat16"})
 
 
 def errors(spec: RunSpec, steps: list[onestep.Step], change: Any = None) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def test_five_steps_are_recorded_from_the_first_to_the_last(recorded: list[onest
     assert [step["index"] for step in recorded] == [0, 2, 3, 4, 6]
     assert len({float(step["args"][1]) for step in recorded}) == 5  # time steps
     assert [step["output"].shape for step in recorded] == [(2, 4, 16, 16)] * 5
-    few = onestep.record(build(planned(steps=2).reference))
+    few = recorded_in(build(planned(steps=2).reference), set())
     assert [step["index"] for step in few] == [0, 1]
 
 
@@ -103,9 +104,7 @@ def test_tf32_is_a_number_format_of_its_own() -> None:
     assert [rung.numbers for rung in rungs[:3]] == ["tf32", "bfloat16", "bfloat16"]
     assert spec("baseline").numbers == "float32"
     with torch.no_grad():
-        made = build(planned(steps=2).reference)
-        steps = onestep.record(made)
-        with_floors(made, steps, {"tf32", "bfloat16", "float16"})
+        steps = recorded_in(build(planned(steps=2).reference), {"tf32", "bfloat16", "float16"})
     assert [sorted(step["eager"]) for step in steps] == [["bfloat16", "float16", "tf32"]] * 2
     assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.backends.cudnn.allow_tf32
@@ -138,9 +137,7 @@ def in_bf16(
     monkeypatch.setitem(MODELS, model, miniature(model, folder))
     ladder = planned(model=model, weights="random", steps=4)
     with torch.no_grad():
-        made = build(ladder.reference)
-        steps = onestep.record(made)
-        with_floors(made, steps, {"bfloat16"})
+        steps = recorded_in(build(ladder.reference), {"bfloat16"})
     return next(spec for spec in ladder.rungs if spec.recipe == recipe), steps
 
 
@@ -200,9 +197,8 @@ def test_the_reference_of_a_batch_computes_each_image_alone() -> None:
     alone.denoiser.conv_in.register_forward_pre_hook(lambda _, args: noise.append(args[0]))
     alone.pipe.vae.decoder.register_forward_pre_hook(lambda _, args: decoded.append(args[0]))
     with torch.no_grad():
-        steps, images = onestep.record(alone), pipeline.call(alone)
-        others = pipeline.call(together)
-        with_floors(alone, steps, {"float32", "bfloat16", "float16"})
+        images, others = (pipeline.call(each) for each in (alone, together))
+        steps = recorded_in(alone, {"float32", "bfloat16", "float16"})
     assert {len(each) for each in noise} == {2}  # guidance takes two rows an image
     assert {len(each) for each in decoded} == {1}
     assert all(torch.equal(*each) for each in noise)  # those of the same one

@@ -269,7 +269,8 @@ def test_each_row_of_a_batch_has_its_own_prompt() -> None:
 def test_recorded_steps_and_counted_operations_are_those_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = build(*FUSED, steps=3)[0]
     made = captured(*FUSED, "prompt_projections", monkeypatch=monkeypatch, steps=3)
-    steps = onestep.record(plain)
+    with onestep.record(plain) as steps:
+        call(plain)
     for one, other in zip(onestep.replay(made, steps), onestep.replay(plain, steps), strict=True):
         assert torch.equal(one, other)
     assert roofline.count_flops(made) == roofline.count_flops(plain)

@@ -14,7 +14,7 @@ from peft import LoraConfig
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import diffusion_fast
-from diffusion_fast import measure, onestep, plan, scores, spool, worker
+from diffusion_fast import measure, onestep, pipeline, plan, scores, spool, worker
 from diffusion_fast.models import MODELS, PACKAGE, WEIGHTS_FILE, check_weights
 from diffusion_fast.optimizations import OPTIMIZATIONS, Build, compilation
 from diffusion_fast.pipeline import _from_config, call, word_tokenizer
@@ -25,6 +25,7 @@ from diffusion_fast.spec import Recipe
 from tests.conftest import CPU, H100, planned
 from tests.miniatures import NAMES, miniature
 from tests.test_models import pixels, small
+from tests.test_onestep import recorded_in
 
 TRANSFORMERS = tuple(name for name in NAMES if MODELS[name].denoiser == "transformer")
 CLASSES = ("flux-dev", "sd3.5-medium", "sana", "pixart-sigma")  # a model of each denoiser's class
@@ -47,9 +48,11 @@ class Kernels(TorchDispatchMode):
 
 
 def kernels_in_a_step(build: Build) -> int:
-    (step,) = onestep.record(replace(build, spec=replace(build.spec, steps=build.model.least_steps)))[:1]
+    short = replace(build, spec=replace(build.spec, steps=build.model.least_steps))
+    with onestep.record(short) as steps:
+        call(short)
     with Kernels() as kernels:
-        onestep.replay(build, [step])
+        onestep.replay(build, [steps[0]])
     return kernels.calls
 
 
@@ -262,8 +265,7 @@ def test_single_steps_come_back_in_the_dtypes_that_the_pipeline_gives(
 ) -> None:
     """Else what was compiled would have to be compiled anew, and a scheduler's time step be rounded to bf16."""
     reference, _ = small(model, tmp_path, monkeypatch)
-    steps = onestep.record(reference)
-    list(onestep.floors(reference, steps, {"bfloat16"}))
+    steps = recorded_in(reference, {"bfloat16"})
     made, _ = small(model, tmp_path, monkeypatch, "bf16", "sdpa")
     made.denoiser.compile(fullgraph=True, backend="eager", dynamic=False)
     call(made)
@@ -333,7 +335,10 @@ def test_a_measurement_is_compared_with_its_reference(
     ladder = planned("cpu", model=model, weights="random", steps=2)
     folder = spool.save_ladder(tmp_path / "spool", ladder)
     (folder / "reference").mkdir()
-    worker.make_reference(ladder.reference, folder / "reference", lambda stage: None)
+    called: list[str] = []
+    with measure.standing_in(pipeline, "call", lambda whole: lambda made: called.append(made.dtype) or whole(made)):
+        worker.make_reference(ladder.reference, folder / "reference", lambda stage: None)
+    assert called == ["float32", "float32", "bfloat16"]  # an image, what it takes, an image: none for steps alone
     run_folder = spool.run_folder(folder, ladder.rungs[0])
     run_folder.mkdir(parents=True)
     result = worker.measure_rung(ladder.rungs[0], run_folder, lambda stage: None)
