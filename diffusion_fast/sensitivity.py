@@ -65,7 +65,7 @@ def measure(spec: RunSpec, target: float | None, tell: Any) -> dict[str, Any]:
     import torch
 
     from diffusion_fast import eight_bits, onestep
-    from diffusion_fast.optimizations.quantization import eligible, pixels_per_convolution
+    from diffusion_fast.optimizations.quantization import eligible, eligible_convolutions
     from diffusion_fast.pipeline import build_pipeline, call
 
     of_linears, of_images = eight_bit_formats(spec.optimizations)
@@ -82,8 +82,8 @@ def measure(spec: RunSpec, target: float | None, tell: Any) -> dict[str, Any]:
     before = onestep.replay(build, steps)
 
     rows, linears = eligible(build) if of_linears else ({}, {})
-    convolutions = eight_bits.quantizable_convolutions(build.denoiser) if of_images else {}
-    rows |= pixels_per_convolution(build) if of_images else {}
+    pixels, convolutions = eligible_convolutions(build) if of_images else ({}, {})
+    rows |= pixels
     candidates: dict[str, Any] = {**linears, **convolutions}
 
     def quantized(layer: Any) -> Any:

@@ -273,6 +273,29 @@ def test_a_picture_too_small_for_eight_bits_says_so(monkeypatch: pytest.MonkeyPa
     assert eight_bit("fp8_rows", monkeypatch, batch_size=2)[1]["fp8_rows"]["quantized_linears"] > 10
 
 
+@pytest.mark.parametrize("name", ["fp8_convolutions", "int8_convolutions"])
+def test_convolutions_that_make_few_pixels_stay_in_16_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, all_of_them = eight_bit(name, monkeypatch, "channels_last")
+    pixels: dict[str, int] = {}
+
+    def note(module: torch.nn.Module, _: Any, output: torch.Tensor) -> None:
+        pixels[names[module]] = output.numel() // output.shape[1]
+
+    names = {layer: each for each, layer in made.denoiser.named_modules() if isinstance(layer, ImagewiseConvolution)}
+    made.short_call(*(layer.register_forward_hook(note) for layer in names))
+    fewest, more, *_, most = sorted(set(pixels.values()))
+    assert fewest == 2 * 4 * 4  # two rows of guidance
+    monkeypatch.setitem(quantization.LEAST_PIXELS, "cpu", more)
+    made, applied = eight_bit(name, monkeypatch, "channels_last")
+    found = {each for each, layer in made.denoiser.named_modules() if isinstance(layer, ImagewiseConvolution)}
+    assert found == {each for each, count in pixels.items() if count >= more}
+    assert applied[name]["quantized_convolutions"] == len(found) < all_of_them[name]["quantized_convolutions"]
+    monkeypatch.setitem(quantization.LEAST_PIXELS, "cpu", most + 1)
+    with pytest.raises(RuntimeError, match=rf"{name}: none of \d+ convolutions .* pixels: it takes a larger picture"):
+        eight_bit(name, monkeypatch, "channels_last")
+    assert eight_bit(name, monkeypatch, "channels_last", batch_size=2)[1][name]["quantized_convolutions"]
+
+
 def test_layers_that_are_kept_stay_and_unknown_ones_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     kept = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     made, applied = eight_bit("fp8_rows", monkeypatch, kept=(kept,))

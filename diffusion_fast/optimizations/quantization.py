@@ -458,6 +458,9 @@ LEAST_ROWS = {"cuda": 256, "cpu": 17}
 # H100 that took 3.7 µs for SDXL's 2048 rows of 1280, and eight bits gave back 2.0 (docs/experiments.md). That
 # grows with both sides of a layer, quantizing with one of them; from where on it pays was not measured.
 LEAST_FEATURES_BEHIND_ATTENTION = 2048
+# Where few pixels are made, our kernel has too few programs for a GPU: convolutions of SD 1.5's 512 take 0.9 to 1.04
+# of cuDNN's time in int8, of its 128 1.2 to 1.8 (an H200, docs/experiments.md). On a CPU a small model stands for one.
+LEAST_PIXELS = {"cuda": 256, "cpu": 1}
 
 
 @optimization(
@@ -508,6 +511,7 @@ def int8_rows(build: Build) -> dict[str, Any]:
     lossless=False,
     takes_adapters=False,
     image_format="fp8",
+    calls_pipeline=True,
 )
 def fp8_convolutions(build: Build) -> dict[str, Any]:
     """Convolve the denoiser's images in fp8 (e4m3): a scale an image, and one for each output channel of the weights.
@@ -527,6 +531,7 @@ def fp8_convolutions(build: Build) -> dict[str, Any]:
     lossless=False,
     takes_adapters=False,
     image_format="int8",
+    calls_pipeline=True,
 )
 def int8_convolutions(build: Build) -> dict[str, Any]:
     """Convolve the denoiser's images in int8: a scale an image, and one for each output channel of the weights.
@@ -538,7 +543,7 @@ def int8_convolutions(build: Build) -> dict[str, Any]:
 
 
 def _eight_bit_convolutions(build: Build, number_format: str) -> dict[str, Any]:
-    """Quantize every convolution of the denoiser that has the channels, but for those that the run keeps."""
+    """Quantize every convolution of the denoiser that is worth it, but for those that the run keeps."""
     import torch
 
     from diffusion_fast import eight_bits
@@ -550,15 +555,23 @@ def _eight_bit_convolutions(build: Build, number_format: str) -> dict[str, Any]:
             f"{number_format}_convolutions: height and width have to be multiples of {smallest} pixels here"
         )
     convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in build.denoiser.modules())
-    candidates = eight_bits.quantizable_convolutions(build.denoiser)
+    start = time.perf_counter()
+    _, candidates = eligible_convolutions(build)
+    calibration_s = time.perf_counter() - start
+    if not candidates:
+        raise RuntimeError(
+            f"{number_format}_convolutions: none of {convolutions} convolutions has the channels and makes "
+            f"{LEAST_PIXELS[build.spec.device]} pixels: it takes a larger picture or more of them in a call"
+        )
     chosen = _not_kept(build, f"{number_format}_convolutions", candidates)
     if not chosen:
-        raise RuntimeError(f"{number_format}_convolutions: no convolution has the channels")
+        raise RuntimeError(f"{number_format}_convolutions: all of its {len(candidates)} layers are kept in 16 bits")
     eight_bits.quantize_convolutions(build.denoiser, chosen, eight_bits.FORMATS[number_format])
     return {
         "quantized_convolutions": len(chosen),
         "convolutions": convolutions,
         "kept": len(candidates) - len(chosen),
+        "calibration_s": calibration_s,
     }
 
 
@@ -608,6 +621,15 @@ def eligible(build: Build) -> tuple[dict[Any, int], dict[str, Any]]:
     return rows, worth_eight_bits(build.denoiser, shapes, LEAST_ROWS[build.spec.device])
 
 
+def eligible_convolutions(build: Build) -> tuple[dict[Any, int], dict[str, Any]]:
+    """The pixels that each convolution of the denoiser makes, and by name those that are worth eight bits."""
+    from diffusion_fast import eight_bits
+
+    pixels, least = _pixels_per_convolution(build), LEAST_PIXELS[build.spec.device]
+    able = eight_bits.quantizable_convolutions(build.denoiser)
+    return pixels, {name: module for name, module in able.items() if pixels[module] >= least}
+
+
 def worth_eight_bits(network: Any, shapes: dict[Any, tuple[int, ...]], least_rows: int) -> dict[str, Any]:
     """By name the linear layers, given tensors of such `shapes`, that are worth it to be multiplied in eight bits.
 
@@ -653,7 +675,7 @@ def _of_others(network: Any, shapes: dict[Any, tuple[int, ...]]) -> set[Any]:
     }
 
 
-def pixels_per_convolution(build: Build) -> dict[Any, int]:
+def _pixels_per_convolution(build: Build) -> dict[Any, int]:
     """How many pixels each convolution of the denoiser makes, of all images, seen in an eager step."""
     import torch
 
