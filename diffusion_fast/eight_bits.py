@@ -160,9 +160,9 @@ class ImagewiseConvolution(torch.nn.Module):
 
 
 def quantizable_convolutions(network: Any) -> dict[str, torch.nn.Conv2d]:
-    """By their names, the convolutions that are worth it to be ImagewiseConvolution.
+    """By their names, the convolutions that are worth it to be ImagewiseConvolution where they make enough pixels.
 
-    Those of single pixels are not: residual blocks' shortcuts, a thirtieth of the work and half of what all lose
+    Those of single pixels never are: residual blocks' shortcuts, a thirtieth of the work and half of what all lose
     (squared, docs/experiments.md), for no norm comes before them, which besides could quantize for them.
     """
     return {

@@ -2,21 +2,23 @@
 
     python scripts/probe_batch.py --model sdxl --weights random --batch-size 8
 
-One step in fp32, attention written out, as the reference would compute it if it took the batch whole. Each layer, and
-each of attention's products and softmax, is computed once more image by image from the same input; what differs by more
-than rounding is listed, and the whole network last. The VAE isn't looked at, and compiled recipes have other kernels.
+The first of the model's steps in fp32, attention written out, as the reference would compute it if it took the batch
+whole. Each layer, and each of attention's products and softmax, is computed once more image by image from the same
+input; what differs by more than rounding is listed, and the whole network last. The VAE isn't looked at, and compiled
+recipes have other kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from diffusion_fast import onestep, plan
-from diffusion_fast.pipeline import build_pipeline, in_parts
+from diffusion_fast.pipeline import build_pipeline, call, in_parts
 
 ROUNDING = 1e-4  # relative: sums in another order differ by a tenth of this
 PRODUCTS = ("baddbmm", "bmm", "_softmax")
@@ -58,11 +60,16 @@ def main() -> None:
     torch.set_grad_enabled(False)
     build, _ = build_pipeline(spec, lambda stage: print(f"  {stage}", flush=True))
     given: list[Any] = []
-    hook = build.denoiser.register_forward_pre_hook(
-        lambda _, args, kwargs: given.append((args, kwargs)), with_kwargs=True
-    )
-    build.short_call(hook)
-    args, kwargs = given[0]
+
+    def stop(_: Any, args: Any, kwargs: Any) -> None:
+        given.extend((args, kwargs))
+        raise StopIteration
+
+    hook = build.denoiser.register_forward_pre_hook(stop, with_kwargs=True)
+    with suppress(StopIteration):
+        call(build)
+    hook.remove()
+    args, kwargs = given
     count = chosen.batch_size
     layers: dict[str, float] = {}
 
