@@ -74,7 +74,8 @@ def replay(build: Build, steps: list[Step]) -> list[Any]:
 def floors(build: Build, steps: list[Step], formats: set[str]) -> Iterator[str]:
     """Bring the reference's pipeline into one number format after another, and add to the steps what it gives there.
 
-    A call is to be made in each: ValueError where there was none in 16 bits. Leaves it in the last of them.
+    Whoever iterates makes one call in each format: what the pipeline gives its denoiser is seen there. Leaves it in the
+    last of them.
     """
     import torch
     from torch.utils import _pytree as pytree

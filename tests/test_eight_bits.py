@@ -268,7 +268,7 @@ def test_embeddings_with_a_row_a_picture_stay_in_16_bits_in_any_batch(monkeypatc
 
 def test_a_picture_too_small_for_eight_bits_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(quantization.LEAST_ROWS, "cpu", quantization.LEAST_ROWS["cuda"])
-    with pytest.raises(RuntimeError, match=r"fp8_rows: none of \d+ linear layers has 256 rows.*: it takes a larger"):
+    with pytest.raises(RuntimeError, match=r"no linear layer has 256 rows.*: eight bits take a larger"):
         eight_bit("fp8_rows", monkeypatch)
     assert eight_bit("fp8_rows", monkeypatch, batch_size=2)[1]["fp8_rows"]["quantized_linears"] > 10
 
@@ -291,9 +291,16 @@ def test_convolutions_that_make_few_pixels_stay_in_16_bits(name: str, monkeypatc
     assert found == {each for each, count in pixels.items() if count >= more}
     assert applied[name]["quantized_convolutions"] == len(found) < all_of_them[name]["quantized_convolutions"]
     monkeypatch.setitem(quantization.LEAST_PIXELS, "cpu", most + 1)
-    with pytest.raises(RuntimeError, match=rf"{name}: none of \d+ convolutions .* pixels: it takes a larger picture"):
+    with pytest.raises(RuntimeError, match=rf"no convolution .* makes {most + 1} pixels: eight bits take a larger"):
         eight_bit(name, monkeypatch, "channels_last")
     assert eight_bit(name, monkeypatch, "channels_last", batch_size=2)[1][name]["quantized_convolutions"]
+
+
+def test_a_convolution_that_no_step_runs_stays() -> None:
+    made = build("bf16", "sdpa")[0]
+    before = set(quantization.eligible_convolutions(made)[1])
+    made.denoiser.spare = torch.nn.Conv2d(16, 16, 3, dtype=torch.bfloat16)
+    assert set(quantization.eligible_convolutions(made)[1]) == before
 
 
 def test_layers_that_are_kept_stay_and_unknown_ones_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,6 +354,9 @@ def test_the_pass_takes_convolutions_too(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["format"] == "fp8 and int8 (convolutions)"
     assert layers.keys() < {layer["name"] for layer in found["layers"]}
     assert found["error"] > alone["error"]
+    monkeypatch.setitem(quantization.LEAST_PIXELS, "cpu", 1 + max(layer["rows"] for layer in layers.values()))
+    with pytest.raises(RuntimeError, match="no convolution has the channels"):
+        sensitivity.measure(spec, None, lambda stage: None)
 
 
 def test_what_stays_is_what_costs_most_for_what_it_saves() -> None:

@@ -458,9 +458,9 @@ LEAST_ROWS = {"cuda": 256, "cpu": 17}
 # H100 that took 3.7 µs for SDXL's 2048 rows of 1280, and eight bits gave back 2.0 (docs/experiments.md). That
 # grows with both sides of a layer, quantizing with one of them; from where on it pays was not measured.
 LEAST_FEATURES_BEHIND_ATTENTION = 2048
-# Where few pixels are made, our kernel has too few programs for a GPU: convolutions of SD 1.5's 512 take 0.9 to 1.04
-# of cuDNN's time in int8, of its 128 1.2 to 1.8 (an H200, docs/experiments.md). On a CPU a small model stands for one.
-LEAST_PIXELS = {"cuda": 256, "cpu": 1}
+# For SD 1.5's 512 pixels our kernel takes 0.9 to 1.04 of cuDNN's time in int8, for its 128 1.2 to 1.8 (an H200,
+# docs/experiments.md). On a CPU, which has no such kernel, small models are tested in place of large ones.
+LEAST_PIXELS = {"cuda": 512, "cpu": 1}
 
 
 @optimization(
@@ -558,11 +558,6 @@ def _eight_bit_convolutions(build: Build, number_format: str) -> dict[str, Any]:
     start = time.perf_counter()
     _, candidates = eligible_convolutions(build)
     calibration_s = time.perf_counter() - start
-    if not candidates:
-        raise RuntimeError(
-            f"{number_format}_convolutions: none of {convolutions} convolutions has the channels and makes "
-            f"{LEAST_PIXELS[build.spec.device]} pixels: it takes a larger picture or more of them in a call"
-        )
     chosen = _not_kept(build, f"{number_format}_convolutions", candidates)
     if not chosen:
         raise RuntimeError(f"{number_format}_convolutions: all of its {len(candidates)} layers are kept in 16 bits")
@@ -593,11 +588,6 @@ def _eight_bits(build: Build) -> dict[str, Any]:
     _, candidates = eligible(build)
     calibration_s = time.perf_counter() - start
     linears = sum(isinstance(module, torch.nn.Linear) for module in build.denoiser.modules())
-    if not candidates:
-        raise RuntimeError(
-            f"{name}_rows: none of {linears} linear layers has {LEAST_ROWS[build.spec.device]} rows, and features in "
-            "multiples of 16, within a block: it takes a larger picture or more of them in a call"
-        )
     chosen = set(_not_kept(build, f"{name}_rows", candidates))
     if not chosen:
         raise RuntimeError(f"{name}_rows: all of its {len(candidates)} layers are kept in 16 bits")
@@ -615,19 +605,36 @@ def _eight_bits(build: Build) -> dict[str, Any]:
 
 
 def eligible(build: Build) -> tuple[dict[Any, int], dict[str, Any]]:
-    """The rows of each linear layer, and by name the denoiser's layers that are worth eight bits."""
-    shapes = _inputs_of_linears(build)
+    """The rows of each linear layer, and by name the denoiser's layers that are worth eight bits.
+
+    Raises RuntimeError where none is.
+    """
+    shapes, least = _inputs_of_linears(build), LEAST_ROWS[build.spec.device]
     rows = {layer: _rows(shape) for layer, shape in shapes.items()}
-    return rows, worth_eight_bits(build.denoiser, shapes, LEAST_ROWS[build.spec.device])
+    if not (found := worth_eight_bits(build.denoiser, shapes, least)):
+        raise RuntimeError(
+            f"no linear layer has {least} rows, and features in multiples of 16, within a block: eight bits take a "
+            "larger picture or more of them in a call"
+        )
+    return rows, found
 
 
 def eligible_convolutions(build: Build) -> tuple[dict[Any, int], dict[str, Any]]:
-    """The pixels that each convolution of the denoiser makes, and by name those that are worth eight bits."""
+    """The pixels that each convolution of the denoiser makes, and by name those that are worth eight bits.
+
+    Raises RuntimeError where none is.
+    """
     from diffusion_fast import eight_bits
 
     pixels, least = _pixels_per_convolution(build), LEAST_PIXELS[build.spec.device]
     able = eight_bits.quantizable_convolutions(build.denoiser)
-    return pixels, {name: module for name, module in able.items() if pixels[module] >= least}
+    found = {name: module for name, module in able.items() if pixels.get(module, 0) >= least}
+    if not found:
+        raise RuntimeError(
+            f"no convolution has the channels and makes {least} pixels: eight bits take a larger picture or more of "
+            "them in a call"
+        )
+    return pixels, found
 
 
 def worth_eight_bits(network: Any, shapes: dict[Any, tuple[int, ...]], least_rows: int) -> dict[str, Any]:
