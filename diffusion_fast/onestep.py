@@ -77,22 +77,20 @@ def floors(build: Build, steps: list[Step], formats: set[str]) -> Iterator[str]:
     Whoever iterates makes one call in each format: what the pipeline gives its denoiser is seen there. Leaves it in the
     last of them.
     """
-    import torch
     from torch.utils import _pytree as pytree
 
     for numbers in _eager_in(build, formats):
         with record(build) as found:
             yield numbers
-        if build.denoiser.dtype != torch.float32:
-            for step, there in zip(steps, found, strict=True):
-                leaves = pytree.tree_leaves((there["args"], there["kwargs"]))
-                step["own"][str(build.denoiser.dtype)] = [_own(leaf) for leaf in leaves]
+        for step, there in zip(steps, found, strict=True):
+            leaves = pytree.tree_leaves((there["args"], there["kwargs"]))
+            step["own"][str(build.denoiser.dtype)] = [_own(leaf) for leaf in leaves]
         for step, output in zip(steps, replay(build, steps), strict=True):
             step["eager"][numbers] = output
 
 
 def _own(value: Any) -> Any:
-    """Of what a pipeline in 16 bits gives its denoiser: numbers as they are, of latents and embeddings the dtype.
+    """Of what a pipeline gives its denoiser: numbers as they are, of latents and embeddings the dtype.
 
     It may have rounded a time step before dividing it (FLUX's: 750 is 752 and 0.7539 in bf16, and not 0.75).
     """

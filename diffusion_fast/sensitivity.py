@@ -75,16 +75,15 @@ def measure(spec: RunSpec, target: float | None, tell: Any) -> dict[str, Any]:
     plain = tuple(each.name for each in known if each.stage not in LATER and not each.for_16_bits)
     torch.set_grad_enabled(False)
     build, _ = build_pipeline(replace(spec, optimizations=plain), tell)
+    rows, linears = eligible(build, f"{of_linears}_rows") if of_linears else ({}, {})
+    pixels, convolutions = eligible_convolutions(build, f"{of_images}_convolutions") if of_images else ({}, {})
+    rows |= pixels
+    candidates: dict[str, Any] = {**linears, **convolutions}
     tell("recording single steps")
     with onestep.record(build) as steps:
         call(build)
     steps = [steps[index] for index in sorted({0, len(steps) // 2, len(steps) - 1})]
     before = onestep.replay(build, steps)
-
-    rows, linears = eligible(build) if of_linears else ({}, {})
-    pixels, convolutions = eligible_convolutions(build) if of_images else ({}, {})
-    rows |= pixels
-    candidates: dict[str, Any] = {**linears, **convolutions}
 
     def quantized(layer: Any) -> Any:
         if isinstance(layer, torch.nn.Conv2d):

@@ -187,10 +187,10 @@ def eight_bit(name: str, monkeypatch: pytest.MonkeyPatch, *more: str, **changes:
 
 def test_layers_behind_attention_are_quantized_where_they_are_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     made = build("bf16", "sdpa")[0]
-    narrow = set(quantization.eligible(made)[1])
+    narrow = set(quantization.eligible(made, "fp8_rows")[1])
     widths = {layer.in_features for name, layer in made.denoiser.named_modules() if name.endswith("to_out.0")}
     monkeypatch.setattr(quantization, "LEAST_FEATURES_BEHIND_ATTENTION", max(widths))
-    more = set(quantization.eligible(made)[1]) - narrow
+    more = set(quantization.eligible(made, "fp8_rows")[1]) - narrow
     assert more
     assert {made.denoiser.get_submodule(each).in_features for each in more} == {max(widths)}
     assert all(each.endswith("to_out.0") for each in more)
@@ -216,7 +216,7 @@ def test_what_lies_between_blocks_stays_in_16_bits_and_so_does_what_projects_the
     settings = plan.Settings(weights="random", steps=2)
     (spec,) = plan.plan_ladder("mine", (Recipe("mine", ("bf16", "sdpa")),), known, CPU, settings).rungs
     made = build_pipeline(spec, lambda stage: None)[0]
-    chosen = quantization.eligible(made)[1]
+    chosen = quantization.eligible(made, "fp8_rows")[1]
     linears = [name for name, module in made.denoiser.named_modules() if isinstance(module, torch.nn.Linear)]
     row_a_picture = re.compile("time|resolution|ratio|norm|adaln|add_embedding")
     others = {name for name in linears if name not in chosen and not row_a_picture.search(name)}
@@ -268,7 +268,7 @@ def test_embeddings_with_a_row_a_picture_stay_in_16_bits_in_any_batch(monkeypatc
 
 def test_a_picture_too_small_for_eight_bits_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(quantization.LEAST_ROWS, "cpu", quantization.LEAST_ROWS["cuda"])
-    with pytest.raises(RuntimeError, match=r"no linear layer has 256 rows.*: eight bits take a larger"):
+    with pytest.raises(RuntimeError, match=r"fp8_rows: no linear layer has 256 rows.*: it takes a larger"):
         eight_bit("fp8_rows", monkeypatch)
     assert eight_bit("fp8_rows", monkeypatch, batch_size=2)[1]["fp8_rows"]["quantized_linears"] > 10
 
@@ -291,16 +291,16 @@ def test_convolutions_that_make_few_pixels_stay_in_16_bits(name: str, monkeypatc
     assert found == {each for each, count in pixels.items() if count >= more}
     assert applied[name]["quantized_convolutions"] == len(found) < all_of_them[name]["quantized_convolutions"]
     monkeypatch.setitem(quantization.LEAST_PIXELS, "cpu", most + 1)
-    with pytest.raises(RuntimeError, match=rf"no convolution .* makes {most + 1} pixels: eight bits take a larger"):
+    with pytest.raises(RuntimeError, match=rf"{name}: no convolution .* makes {most + 1} pixels: it takes a larger"):
         eight_bit(name, monkeypatch, "channels_last")
     assert eight_bit(name, monkeypatch, "channels_last", batch_size=2)[1][name]["quantized_convolutions"]
 
 
 def test_a_convolution_that_no_step_runs_stays() -> None:
     made = build("bf16", "sdpa")[0]
-    before = set(quantization.eligible_convolutions(made)[1])
+    before = set(quantization.eligible_convolutions(made, "int8_convolutions")[1])
     made.denoiser.spare = torch.nn.Conv2d(16, 16, 3, dtype=torch.bfloat16)
-    assert set(quantization.eligible_convolutions(made)[1]) == before
+    assert set(quantization.eligible_convolutions(made, "int8_convolutions")[1]) == before
 
 
 def test_layers_that_are_kept_stay_and_unknown_ones_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -355,7 +355,7 @@ def test_the_pass_takes_convolutions_too(monkeypatch: pytest.MonkeyPatch) -> Non
     assert layers.keys() < {layer["name"] for layer in found["layers"]}
     assert found["error"] > alone["error"]
     monkeypatch.setitem(quantization.LEAST_PIXELS, "cpu", 1 + max(layer["rows"] for layer in layers.values()))
-    with pytest.raises(RuntimeError, match="no convolution has the channels"):
+    with pytest.raises(RuntimeError, match="int8_convolutions: no convolution has the channels"):
         sensitivity.measure(spec, None, lambda stage: None)
 
 

@@ -548,19 +548,16 @@ def _eight_bit_convolutions(build: Build, number_format: str) -> dict[str, Any]:
 
     from diffusion_fast import eight_bits
 
+    name = f"{number_format}_convolutions"
     halvings = sum(type(module).__name__ == "Downsample2D" for module in build.denoiser.modules())
     smallest = 2**halvings * build.pipe.vae_scale_factor
     if build.spec.height % smallest or build.spec.width % smallest:
-        raise RuntimeError(
-            f"{number_format}_convolutions: height and width have to be multiples of {smallest} pixels here"
-        )
+        raise RuntimeError(f"{name}: height and width have to be multiples of {smallest} pixels here")
     convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in build.denoiser.modules())
     start = time.perf_counter()
-    _, candidates = eligible_convolutions(build)
+    _, candidates = eligible_convolutions(build, name)
     calibration_s = time.perf_counter() - start
-    chosen = _not_kept(build, f"{number_format}_convolutions", candidates)
-    if not chosen:
-        raise RuntimeError(f"{number_format}_convolutions: all of its {len(candidates)} layers are kept in 16 bits")
+    chosen = _not_kept(build, name, candidates)
     eight_bits.quantize_convolutions(build.denoiser, chosen, eight_bits.FORMATS[number_format])
     return {
         "quantized_convolutions": len(chosen),
@@ -571,10 +568,13 @@ def _eight_bit_convolutions(build: Build, number_format: str) -> dict[str, Any]:
 
 
 def _not_kept(build: Build, name: str, candidates: dict[str, Any]) -> list[Any]:
-    """Of layers by their names those that the run doesn't keep. RuntimeError where it keeps what isn't there."""
+    """Of layers by their names those that the run doesn't keep. RuntimeError where it keeps all or what isn't there."""
     if unknown := set(build.spec.kept) - {each for each, _ in build.denoiser.named_modules()}:
         raise RuntimeError(f"{name}: the denoiser has no layer {min(unknown)}, which was to be kept")
-    return [module for each, module in candidates.items() if each not in build.spec.kept]
+    chosen = [module for each, module in candidates.items() if each not in build.spec.kept]
+    if not chosen:
+        raise RuntimeError(f"{name}: all of its {len(candidates)} layers are kept in 16 bits")
+    return chosen
 
 
 def _eight_bits(build: Build) -> dict[str, Any]:
@@ -585,12 +585,10 @@ def _eight_bits(build: Build) -> dict[str, Any]:
 
     name, _ = eight_bit_formats(build.spec.optimizations)
     start = time.perf_counter()
-    _, candidates = eligible(build)
+    _, candidates = eligible(build, f"{name}_rows")
     calibration_s = time.perf_counter() - start
     linears = sum(isinstance(module, torch.nn.Linear) for module in build.denoiser.modules())
     chosen = set(_not_kept(build, f"{name}_rows", candidates))
-    if not chosen:
-        raise RuntimeError(f"{name}_rows: all of its {len(candidates)} layers are kept in 16 bits")
     fused = eight_bits.quantize(build.denoiser, chosen, eight_bits.FORMATS[name])
     found = sum(isinstance(module, eight_bits.RowwiseLinear) for module in build.denoiser.modules())
     if found != len(chosen):
@@ -604,25 +602,25 @@ def _eight_bits(build: Build) -> dict[str, Any]:
     }
 
 
-def eligible(build: Build) -> tuple[dict[Any, int], dict[str, Any]]:
+def eligible(build: Build, optimization: str) -> tuple[dict[Any, int], dict[str, Any]]:
     """The rows of each linear layer, and by name the denoiser's layers that are worth eight bits.
 
-    Raises RuntimeError where none is.
+    Raises RuntimeError, which names the optimization, where none is.
     """
     shapes, least = _inputs_of_linears(build), LEAST_ROWS[build.spec.device]
     rows = {layer: _rows(shape) for layer, shape in shapes.items()}
     if not (found := worth_eight_bits(build.denoiser, shapes, least)):
         raise RuntimeError(
-            f"no linear layer has {least} rows, and features in multiples of 16, within a block: eight bits take a "
-            "larger picture or more of them in a call"
+            f"{optimization}: no linear layer has {least} rows, and features in multiples of 16, within a block: it "
+            "takes a larger picture or more of them in a call"
         )
     return rows, found
 
 
-def eligible_convolutions(build: Build) -> tuple[dict[Any, int], dict[str, Any]]:
+def eligible_convolutions(build: Build, optimization: str) -> tuple[dict[Any, int], dict[str, Any]]:
     """The pixels that each convolution of the denoiser makes, and by name those that are worth eight bits.
 
-    Raises RuntimeError where none is.
+    Raises RuntimeError, which names the optimization, where none is.
     """
     from diffusion_fast import eight_bits
 
@@ -631,8 +629,8 @@ def eligible_convolutions(build: Build) -> tuple[dict[Any, int], dict[str, Any]]
     found = {name: module for name, module in able.items() if pixels.get(module, 0) >= least}
     if not found:
         raise RuntimeError(
-            f"no convolution has the channels and makes {least} pixels: eight bits take a larger picture or more of "
-            "them in a call"
+            f"{optimization}: no convolution has the channels and makes {least} pixels: it takes a larger picture or "
+            "more of them in a call"
         )
     return pixels, found
 
