@@ -26,6 +26,7 @@ from diffusion_fast.plan import Settings, plan_ladder, plan_recipe
 from diffusion_fast.spec import Recipe
 from tests.conftest import CPU, H100
 from tests.test_graphs import CHANGES, captured, pictures
+from tests.test_onestep import recorded_in
 from tests.test_optimizations import build
 
 NAMES = ("sdpa", "ahead_of_time")
@@ -193,8 +194,7 @@ def test_operations_are_counted_and_steps_replayed_as_ever(uncompiled: Path) -> 
     assert roofline.count_flops(replace(made, spec=replace(made.spec, batch_size=2))) == roofline.count_flops(
         replace(plain, spec=replace(plain.spec, batch_size=2))
     )
-    with onestep.record(plain) as steps:
-        call(plain)
+    steps = recorded_in(plain, set())
     other = [step | {"args": (torch.cat([step["args"][0]] * 2), *step["args"][1:])} for step in steps]
     with pytest.raises(RuntimeError, match="unet would have to be compiled for other arguments"):
         onestep.replay(made, other)

@@ -23,6 +23,7 @@ from diffusion_fast.recipes import LADDERS
 from diffusion_fast.spec import Recipe
 from tests.conftest import CPU, H100, planned
 from tests.test_models import small
+from tests.test_onestep import recorded_in
 
 
 @pytest.fixture(autouse=True)
@@ -130,8 +131,7 @@ def test_every_layer_of_the_unet_attends_by_it_and_the_picture_stays(
 
 def test_single_steps_lose_nothing() -> None:
     reference, _ = build()
-    with onestep.record(reference) as steps:
-        call(reference)
+    steps = recorded_in(reference, set())
     eager, _ = build("bf16", "sdpa")
     for step, output in zip(steps, onestep.replay(eager, steps), strict=True):
         step["eager"]["bfloat16"] = output

@@ -27,6 +27,7 @@ from diffusion_fast.pipeline import build_pipeline, call
 from diffusion_fast.spec import Recipe
 from tests.conftest import CPU, H100, planned
 from tests.test_eight_bits import eight_bit
+from tests.test_onestep import recorded_in
 from tests.test_optimizations import build
 
 
@@ -83,8 +84,7 @@ def test_in_eight_bits_it_is_what_its_layers_are_one_by_one(name: str) -> None:
 
 def test_every_geglu_of_the_denoiser_is_fused_and_single_steps_lose_nothing() -> None:
     reference, _ = build()
-    with onestep.record(reference) as steps:
-        call(reference)
+    steps = recorded_in(reference, set())
     eager, _ = build("bf16", "sdpa")
     for step, output in zip(steps, onestep.replay(eager, steps), strict=True):
         step["eager"]["bfloat16"] = output
