@@ -1,6 +1,7 @@
 """Operations counted, ceilings measured, weights weighed."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -148,3 +149,18 @@ def test_ceilings_are_rates_of_this_device(tiny: Build) -> None:
     found = roofline.ceilings(tiny)
     assert 0.001 < found["matmul_ceiling_tflops"] < 1000
     assert 0.1 < found["copy_ceiling_gbs"] < 10_000
+
+
+def test_where_bf16_has_no_units_the_ceiling_is_that_of_fp32(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def timed(function: Callable[[], torch.Tensor], _: str) -> tuple[float, torch.Tensor]:
+        value = function()
+        seen.append(value.dtype)
+        return (3.0 if value.dtype == torch.bfloat16 else 0.5), value
+
+    monkeypatch.setattr(roofline, "timed", timed)
+    monkeypatch.setitem(roofline.MATRIX, "cpu", 8)
+    found = roofline.ceilings(replace(tiny, spec=replace(tiny.spec, optimizations=("bf16",)), dtype="bfloat16"))
+    assert found["matmul_ceiling_tflops"] == pytest.approx(2 * 8**3 / 0.5 / 1e12)
+    assert seen.count(torch.bfloat16) == 1  # it isn't repeated for ten times as long
