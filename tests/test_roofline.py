@@ -151,16 +151,19 @@ def test_ceilings_are_rates_of_this_device(tiny: Build) -> None:
     assert 0.1 < found["copy_ceiling_gbs"] < 10_000
 
 
-def test_where_bf16_has_no_units_the_ceiling_is_that_of_fp32(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("bf16_s", "fp32_s", "repeats"), [(6.0, 0.5, 1), (0.25, 0.5, 13)])
+def test_a_cpu_is_held_to_the_faster_of_bf16_and_fp32(
+    bf16_s: float, fp32_s: float, repeats: int, tiny: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
 
     def timed(function: Callable[[], torch.Tensor], _: str) -> tuple[float, torch.Tensor]:
         value = function()
         seen.append(value.dtype)
-        return (6.0 if value.dtype == torch.bfloat16 else 0.5), value
+        return (bf16_s if value.dtype == torch.bfloat16 else fp32_s), value
 
     monkeypatch.setattr(roofline, "timed", timed)
     monkeypatch.setitem(roofline.MATRIX, "cpu", 8)
     found = roofline.ceilings(replace(tiny, dtype="bfloat16"))
-    assert found["matmul_ceiling_tflops"] == pytest.approx(2 * 8**3 / 0.5 / 1e12)
-    assert seen.count(torch.bfloat16) == 1  # it isn't repeated for ten times as long
+    assert found["matmul_ceiling_tflops"] == pytest.approx(2 * 8**3 / min(bf16_s, fp32_s) / 1e12)
+    assert seen.count(torch.bfloat16) == repeats  # not again where one takes ten times as long
