@@ -4,13 +4,16 @@
 
 The first of the model's steps in fp32, attention written out, as the reference would compute it if it took the batch
 whole. Each layer, and each of attention's products and softmax, is computed once more image by image from the same
-input; what differs by more than rounding is listed, and the whole network last. The VAE isn't looked at, and compiled
-recipes have other kernels.
+input; what differs by more than rounding is listed, and the whole network last. Each layer that differs is then held
+against itself in float64, with other numbers, algorithms and contents of free memory. The VAE isn't looked at, and
+compiled recipes have other kernels.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -46,6 +49,33 @@ class Apart(TorchDispatchMode):
         return output
 
 
+def explained(layer: Any, given: torch.Tensor, found: torch.Tensor, count: int) -> Iterator[str]:
+    """How far a layer's batch is from float64, one line a way to compute it."""
+    exact, other = copy.deepcopy(layer).double(), torch.randn_like(given)
+    right = exact(given.double())
+
+    def cudnn(**flags: bool) -> Any:
+        return torch.backends.cudnn.flags(enabled=True, allow_tf32=False, **flags)
+
+    yield f"as it was: {onestep.distance(found, right):.1e}"
+    yield f"again: {onestep.distance(layer(given), right):.1e}"
+    yield f"image by image: {onestep.distance(in_parts(layer, 'forward', count)(given), right):.1e}"
+    yield f"of random numbers: {onestep.distance(layer(other), exact(other.double())):.1e}"
+    with cudnn(benchmark=True):
+        yield f"by cuDNN's fastest algorithm: {onestep.distance(layer(given), right):.1e}"
+    with cudnn(deterministic=True):
+        yield f"by a deterministic one: {onestep.distance(layer(given), right):.1e}"
+    with torch.backends.cudnn.flags(enabled=False):
+        yield f"without cuDNN: {onestep.distance(layer(given), right):.1e}"
+    if given.is_cuda:
+        torch.cuda.empty_cache()
+        torch.full((torch.cuda.mem_get_info()[0] // 8,), float("nan"), device=given.device)  # half of what is free
+        yield f"with NaN in free memory: {onestep.distance(layer(given), right):.1e}"
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            layer(given)
+        yield "kernels: " + ", ".join(event.key for event in profile.key_averages())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="sdxl")
@@ -72,10 +102,13 @@ def main() -> None:
     args, kwargs = given
     count = chosen.batch_size
     layers: dict[str, float] = {}
+    differing: dict[str, tuple[Any, ...]] = {}
 
     def compare(name: str) -> Any:
         def again(layer: Any, args: Any, kwargs: Any, output: Any) -> None:
             layers[name] = onestep.distance(output, in_parts(layer, "forward", count)(*args, **kwargs))
+            if not layers[name] <= ROUNDING:  # NaN, too
+                differing[name] = (layer, args[0].cpu(), output.cpu())
 
         return again
 
@@ -88,9 +121,10 @@ def main() -> None:
         whole = build.denoiser(*args, **kwargs)[0]
     for hook in hooks:
         hook.remove()
-    for name, error in layers.items():
-        if not error <= ROUNDING:  # NaN, too
-            print(f"{name}: {error:.1e}")
+    for name, (layer, one, found) in differing.items():
+        print(f"{name}, of {tuple(one.shape)}: {layers[name]:.1e}")
+        for line in explained(layer, one.to(chosen.device), found.to(chosen.device), count):
+            print(f"  {line}", flush=True)
     for name, errors in products.errors.items():
         differ = sum(not each <= ROUNDING for each in errors)
         print(f"{name}: {differ} of {len(errors)} parts differ, at most {max(errors):.1e}")
