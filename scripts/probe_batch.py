@@ -52,8 +52,8 @@ class Apart(TorchDispatchMode):
         return output
 
 
-def explain(layer: Any, given: torch.Tensor, found: torch.Tensor, count: int) -> None:
-    """Print how far a layer's batch is from float64, a line for each way to compute it."""
+def explain(layer: Any, given: torch.Tensor, found: torch.Tensor, count: int) -> torch.Tensor:
+    """Print how far a layer's batch is from float64, a line for each way to compute it. Returns the one in float64."""
     cudnn = functools.partial(torch.backends.cudnn.flags, allow_tf32=False)
     other = torch.randn_like(given)
     exact = in_parts(copy.deepcopy(layer).double(), "forward", count)
@@ -69,16 +69,6 @@ def explain(layer: Any, given: torch.Tensor, found: torch.Tensor, count: int) ->
         with ThreadPoolExecutor(1, initializer=torch.set_grad_enabled, initargs=(False,)) as another:
             return another.submit(run, given, benchmark=True).result()  # each thread keeps its own choice of algorithms
 
-    def on_nan() -> torch.Tensor:
-        blocks = []
-        torch.cuda.set_per_process_memory_fraction(0.95)
-        for size in (2**30, 2**25, 2**20):
-            with suppress(torch.OutOfMemoryError):
-                while given.is_cuda:
-                    blocks.append(torch.full((size // 4,), math.nan, device=given.device))
-        blocks.clear()  # back to PyTorch's allocator, which clears nothing
-        return run(given)
-
     ways: dict[str, tuple[Callable[[], torch.Tensor], torch.Tensor]] = {
         "as it was": (lambda: found, right),
         "again": (lambda: run(given), right),
@@ -87,7 +77,6 @@ def explain(layer: Any, given: torch.Tensor, found: torch.Tensor, count: int) ->
         "by the fastest algorithm": (chosen_anew, right),
         "by a deterministic one": (lambda: run(given, deterministic=True), right),
         "without cuDNN": (lambda: run(given, enabled=False), right),
-        **({"with NaN in free memory": (on_nan, right)} if given.is_cuda else {}),
     }
     for way, (value, expected) in ways.items():
         try:
@@ -100,6 +89,17 @@ def explain(layer: Any, given: torch.Tensor, found: torch.Tensor, count: int) ->
         for event in profile.events():
             if event.device_type == torch.autograd.DeviceType.CUDA:
                 print(f"  kernel: {event.name}", flush=True)
+    return right
+
+
+def leave_nan() -> None:
+    """Fill the GPU's free memory with NaN, and give it back to PyTorch's allocator, which clears nothing."""
+    blocks = []
+    torch.cuda.set_per_process_memory_fraction(0.95)
+    for size in (2**30, 2**25, 2**20):
+        with suppress(torch.OutOfMemoryError):
+            while True:
+                blocks.append(torch.full((size // 4,), math.nan, device="cuda"))
 
 
 def main() -> None:
@@ -155,9 +155,16 @@ def main() -> None:
         print(f"{name}: {differ} of {len(errors)} parts differ, at most {max(errors):.1e}")
     alone = in_parts(build.denoiser, "forward", count)(*args, **kwargs)[0]
     print(f"{len(layers)} layers compared; the whole network: {onestep.distance(whole, alone):.1e}", flush=True)
+    rights = {}
     for name, (layer, one, found) in differing.items():
         print(f"{name}, given {tuple(one.shape)}, against float64:")
-        explain(layer, one.to(chosen.device), found.to(chosen.device), count)
+        rights[name] = explain(layer, one.to(chosen.device), found.to(chosen.device), count)
+    if whole.is_cuda:  # last, for what is left behind would be under all that comes after
+        leave_nan()
+        for name, (layer, one, _) in differing.items():
+            print(
+                f"{name}, with NaN in free memory: {onestep.distance(layer(one.cuda()), rights[name]):.1e}", flush=True
+            )
 
 
 if __name__ == "__main__":
