@@ -29,6 +29,7 @@ from diffusion_fast.sensitivity import read_kept
 from diffusion_fast.spec import SWEEP, Model, Recipe
 
 RUN_ID = re.compile("[0-9a-f]{32}")  # MLflow's
+DEFAULT_LADDER = "progressive"
 UNTIL_ROUNDS = 5  # planned by --until at least: of fewer, the spread is so ill known that many would be added
 
 
@@ -174,7 +175,7 @@ one_recipe = options(
     with_names,
     click.option("--recipe", "recipe_name", default="", help="A rung of --ladder, as a start for --with."),
     click.option(
-        "--ladder", "ladder_name", default="progressive", show_default=True, help="Where --recipe comes from."
+        "--ladder", "ladder_name", default=DEFAULT_LADDER, show_default=True, help="Where --recipe comes from."
     ),
 )
 saved_cache_option = click.option(
@@ -223,9 +224,9 @@ def list_(what: str, as_json: bool) -> None:
     width = max(map(len, (*MODELS, *OPTIMIZATIONS)))
     for model in MODELS.values():
         click.echo(f"  {model.name:{width}} {model.summary}, {model.height}×{model.width}, {model.steps} steps")
-    click.echo("\nOptimizations")
+    click.echo("\nOptimizations (~: not lossless, changes the picture by more than rounding)")
     for each in OPTIMIZATIONS.values():
-        click.echo(f"  {each.name:{width}} {each.summary}")
+        click.echo(f"{' ' if each.lossless else '~'} {each.name:{width}} {each.summary}")
     click.echo("\nLadders")
     for name, recipes in LADDERS.items():
         click.echo(f"  {name}")
@@ -242,17 +243,17 @@ def list_(what: str, as_json: bool) -> None:
 
 def _list_models() -> None:
     """A Markdown table: a column a model, a line an optimization."""
-    click.echo(f"| | {' | '.join(MODELS)} |")
-    click.echo(f"|---|{'--:|' * len(MODELS)}")
-    click.echo(f"| parameters of the denoiser | {' | '.join(f'{each.parameters:,}' for each in MODELS.values())} |")
-    click.echo(f"| pixels | {' | '.join(f'{each.height}×{each.width}' for each in MODELS.values())} |")
+    click.echo(f"| | lossless | {' | '.join(MODELS)} |")
+    click.echo(f"|---|--:|{'--:|' * len(MODELS)}")
+    click.echo(f"| parameters of the denoiser | | {' | '.join(f'{each.parameters:,}' for each in MODELS.values())} |")
+    click.echo(f"| pixels | | {' | '.join(f'{each.height}×{each.width}' for each in MODELS.values())} |")
     for known in OPTIMIZATIONS.values():
         marks = ("yes" if plan.applies(known, model) else "" for model in MODELS.values())
-        click.echo(f"| {known.name} | {' | '.join(marks)} |")
+        click.echo(f"| {known.name} | {'yes' if known.lossless else 'no'} | {' | '.join(marks)} |")
 
 
 @main.command()
-@click.option("--ladder", "name", default="progressive", show_default=True, help="See `diffusion-fast list`.")
+@click.option("--ladder", "name", default=DEFAULT_LADDER, show_default=True, help="See `diffusion-fast list`.")
 @click.option("--recipe", "about", default="", help="Of any ladder: what aa or ablation are to be about.")
 @click.option("--only", default="", metavar="RUNG,RUNG", help="Measure these rungs alone.")
 @click.option(
@@ -342,7 +343,7 @@ def sensitivity(
 @main.command()
 @click.argument("recipe_name", metavar="RECIPE", default="")
 @with_names
-@click.option("--ladder", "ladder_name", default="progressive", show_default=True, help="Where RECIPE comes from.")
+@click.option("--ladder", "ladder_name", default=DEFAULT_LADDER, show_default=True, help="Where RECIPE comes from.")
 @shape
 @conditions
 def code(recipe_name: str, names: str, ladder_name: str, model: str, device: str, **chosen: Any) -> None:
@@ -398,9 +399,15 @@ def _chosen_recipe(
     """A rung's recipe with some more names, and what was left out of it."""
     start = Recipe("baseline")
     notes: tuple[str, ...] = ()
+    written = plan.lookup("ladder", ladder_name, LADDERS)
     if recipe_name:
         recipes, notes = plan.find_ladder(ladder_name, device, model)
-        start = plan.lookup("recipe", recipe_name, {recipe.name: recipe for recipe in recipes})
+        known = {recipe.name: recipe for recipe in recipes}
+        if recipe_name not in known and recipe_name in {recipe.name for recipe in written}:
+            raise ValueError(f"{recipe_name} of {ladder_name} isn't to be had here: {'; '.join(notes)}.")
+        start = plan.lookup("recipe", recipe_name, known)
+    elif ladder_name != DEFAULT_LADDER:
+        raise ValueError(f"--ladder {ladder_name} says where a recipe comes from, and none of its recipes is named.")
     more = [name for name in _names(names) if name not in start.optimizations]
     label = "-".join([*([start.name] if recipe_name or not more else []), *more])
     return start.plus(label, *more), notes

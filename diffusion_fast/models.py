@@ -253,6 +253,7 @@ def check_weights(model: Model, weights: str, parts: Iterable[str] = ()) -> None
 
     Raises ValueError when the choice makes no sense, WeightsUnreachableError when the hub doesn't answer within 5 s.
     """
+    others = "embedded or a folder" if model.embedded else "a folder"
     if weights == "embedded":
         if not model.embedded:
             raise ValueError(
@@ -261,10 +262,10 @@ def check_weights(model: Model, weights: str, parts: Iterable[str] = ()) -> None
         verify(PACKAGE / model.embedded, required=True)
     elif weights == "random":
         if not model.configs:
-            raise ValueError(f"{model.name} can't be built from random weights: use --weights embedded or a folder.")
+            raise ValueError(f"{model.name} can't be built from random weights: use --weights {others}.")
     elif weights == "pretrained":
         if not model.hub_id:
-            raise ValueError(f"{model.name} has no weights on the hub: use --weights embedded or a folder.")
+            raise ValueError(f"{model.name} has no weights on the hub: use --weights {others}.")
         check_hub(model.hub_id, f"{model.denoiser}/{WEIGHTS_FILE}", listed=model.name in MODELS)
     else:
         _check_folder(model, Path(weights))

@@ -121,9 +121,9 @@ def plan_recipe(model: Model, recipe: Recipe, device: Device) -> tuple[str, ...]
     names = set(recipe.optimizations)
     for name in recipe.optimizations:
         known = lookup("optimization", name, OPTIMIZATIONS)
-        if group := _lacking(known, names, model):
-            where = "" if group in known.requires else f" on {model.name}"
-            raise ValueError(f"{name} requires {' or '.join(group)}{where}: add {group[0]}.")
+        # What no further name would mend comes before what one would.
+        if lacking := lacked(known, model):
+            raise ValueError(f"{name} can't be applied to {model.name}: it has no {lacking}.")
         for other in known.excludes:
             if other in names:
                 raise ValueError(f"{name} and {other} exclude each other: take one of them.")
@@ -132,8 +132,12 @@ def plan_recipe(model: Model, recipe: Recipe, device: Device) -> tuple[str, ...]
         if device.capability is not None and device.capability < known.min_capability:
             need, have = (".".join(map(str, pair)) for pair in (known.min_capability, device.capability))
             raise ValueError(f"{name} needs compute capability {need}, and {device.name} has {have}.")
-        if lacking := lacked(known, model):
-            raise ValueError(f"{name} can't be applied to {model.name}: it has no {lacking}.")
+        if group := _lacking(known, names, model):
+            where = "" if group in known.requires else f" on {model.name}"
+            others = (each for each in recipe.optimizations if each in OPTIMIZATIONS)
+            barring = next((each for each in others if set(group) <= set(OPTIMIZATIONS[each].excludes)), "")
+            advice = f", which {barring} excludes" if barring else f": add {group[0]}"
+            raise ValueError(f"{name} requires {' or '.join(group)}{where}{advice}.")
     order = list(OPTIMIZATIONS)
     return tuple(sorted(names, key=lambda name: (STAGES.index(OPTIMIZATIONS[name].stage), order.index(name))))
 

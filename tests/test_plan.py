@@ -27,6 +27,7 @@ V100 = plan.Device("cuda", "NVIDIA V100", (7, 0))
         (("fused_qkv",), CPU, "fused_qkv requires sdpa"),
         (("inductor_tuning",), CPU, "inductor_tuning requires compile or regional_compile"),
         (("bf16", "fp16"), H100, "exclude each other"),
+        (("fp16", "int4_weight_only"), H100, "int4_weight_only requires bf16, which fp16 excludes"),
         (("tf32",), CPU, "tf32 runs on cuda only, and this is a cpu"),
         (
             ("bf16", "compile", "int8_dynamic"),

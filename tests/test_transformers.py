@@ -82,6 +82,14 @@ def test_what_a_transformer_lacks_is_refused_in_one_sentence(model: str, name: s
     assert str(refusal.value).count(".") == 1 + model.count(".")
 
 
+def test_what_a_model_cannot_take_at_all_is_told_before_what_would_have_to_be_added() -> None:
+    cannot = [(m, name) for m in MODELS.values() for name, known in OPTIMIZATIONS.items() if plan.lacked(known, m)]
+    assert len(cannot) > 50
+    for model, name in cannot:
+        with pytest.raises(ValueError, match=f"{name} can't be applied to {model.name}: it has no "):
+            plan_recipe(model, Recipe("mine", (name,)), CPU)
+
+
 @pytest.mark.parametrize("name", ["compile", "regional_compile", "ahead_of_time"])
 def test_attention_that_is_written_out_is_not_compiled(name: str) -> None:
     for model in ("flux-dev", "sd3.5-medium", "sana"):

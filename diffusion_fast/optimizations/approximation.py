@@ -212,7 +212,8 @@ _set_cache_context(denoiser, CacheContext("both"))  # of rows with guidance and 
 def first_block_cache(build: Build) -> dict[str, Any]:
     """Skip a transformer's other blocks in steps whose first block adds nearly what it did before: reuse what they add.
 
-    diffusers' own hooks. https://github.com/chengzeyi/ParaAttention, after TeaCache, https://arxiv.org/abs/2411.19108
+    diffusers' own hooks and threshold, for trained weights: with random ones steps differ more, so that none may be
+    skipped, and the proof fails. https://github.com/chengzeyi/ParaAttention, after TeaCache, https://arxiv.org/abs/2411.19108
     """
     from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
 

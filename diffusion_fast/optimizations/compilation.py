@@ -36,6 +36,7 @@ def inductor_tuning(build: Build) -> dict[str, Any]:
     """Compile 1x1 convolutions as matmuls, search tile sizes in all directions, keep matmuls' epilogues apart.
 
     With int8 layers, also fuse the scaling into the int8 matmul. The flags hold for the compiled modules alone.
+    diffusion-fast's, https://pytorch.org/blog/accelerating-generative-ai-3/
     """
     flags = _tuning(build.spec)
     build.compile_options |= flags
@@ -77,6 +78,7 @@ def compile(build: Build) -> dict[str, Any]:  # noqa: A001 - it is called what t
     """Compile the denoiser and the VAE's decoder by torch.compile, each as one graph.
 
     The mode is the run's: max-autotune on a GPU, default on a CPU, unless asked otherwise.
+    Ansel et al. 2024, https://doi.org/10.1145/3620665.3640366
     """
     # Compiling the VAE itself would miss `vae.decode`; its decoder is where the work is.
     modules = _whole_networks(build)

@@ -370,6 +370,7 @@ def conv_as_linear(build: Build) -> dict[str, Any]:
     """Turn 1x1 convolutions with 128 input or output channels into linear layers, as diffusion-fast does.
 
     In SDXL that is no convolution of the UNet and two of the VAE.
+    https://github.com/huggingface/diffusion-fast
     """
     import torch
     from torchao.quantization.quant_api import swap_conv2d_1x1_to_linear
@@ -485,7 +486,10 @@ def group_norm_kernels(build: Build) -> dict[str, Any]:
 
 @optimization(stage="swap")
 def device_postprocessing(build: Build) -> dict[str, Any]:
-    """Round pictures to bytes on the device and copy those to the host, a quarter of what floats are."""
+    """Round pictures to bytes on the device and copy those to the host, a quarter of what floats are.
+
+    Ours; the bytes are those of https://huggingface.co/docs/diffusers/api/image_processor
+    """
     processor = build.pipe.image_processor
     processor.postprocess = functools.partial(_to_pil_from_bytes, processor, processor.postprocess)
     return {"processor": type(processor).__name__}

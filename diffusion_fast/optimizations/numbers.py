@@ -32,7 +32,10 @@ def tf32(build: Build) -> dict[str, Any]:
 
 @optimization(stage="load", excludes=("fp16",), code="dtype = torch.bfloat16")
 def bf16(build: Build) -> dict[str, Any]:
-    """Run every network in bfloat16: fp32's range, 8 bits of mantissa, half the bytes."""
+    """Run every network in bfloat16: fp32's range, 8 bits of mantissa, half the bytes.
+
+    https://arxiv.org/abs/1905.12322
+    """
     return _set_dtype(build, "bf16")
 
 
@@ -47,6 +50,7 @@ def fp16(build: Build) -> dict[str, Any]:
     """Run every network in float16: 11 bits of mantissa, half the bytes, overflows past 65504.
 
     Where a model's own VAE overflows, one that doesn't is required, or the same one in fp32.
+    https://arxiv.org/abs/1710.03740
     """
     return _set_dtype(build, "fp16")
 
