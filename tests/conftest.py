@@ -7,6 +7,7 @@ import importlib.util
 import shutil
 import sqlite3
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,34 @@ def only_what_is_new_is_searched_for_garbage() -> None:
     """Libraries and what earlier tests left are millions of objects, a second and a half of each full collection."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_bf16_convolutions() -> Iterator[None]:
+    """On a CPU without units for bf16 a convolution in it takes PyTorch a hundred times what it takes in fp32.
+
+    There, in the tests' own processes, it is computed in fp32 and rounded, which is what the units do. Not in workers.
+    """
+    import torch
+
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        yield
+        return
+    name = "_slow_conv2d_forward"
+    kept = torch.library.get_kernel(f"aten::{name}", "CPU")
+
+    def convolve(keys: Any, images: Any, weight: Any, size: Any, bias: Any, stride: Any, padding: Any) -> Any:
+        if images.dtype is not torch.bfloat16:
+            return kept.call_boxed(keys, images, weight, size, bias, stride, padding)
+        in_fp32 = (images.float(), weight.float(), None if bias is None else bias.float())
+        return torch.conv2d(*in_fp32, stride, padding).to(images.dtype)
+
+    library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a kernel is replaced
+        library.impl(name, convolve, "CPU", with_keyset=True)
+    yield
+    library._destroy()
 
 
 def planned(

@@ -153,7 +153,7 @@ def test_a_script_in_a_clean_interpreter_paints_the_same_batch(tmp_path: Path) -
     spec = planned(MODELS["tiny"], names, batch_size=2, prompt="a 'quoted' $prompt", guidance_scale=3.0)
     found = in_a_clean_interpreter(script.write(MODELS["tiny"], spec), tmp_path)
     assert len(found) == 2
-    assert found == painted_by_the_rung(spec)
+    assert found == painted_by_a_rung_of_its_own(spec, tmp_path)
 
 
 @pytest.mark.full
