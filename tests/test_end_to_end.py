@@ -34,8 +34,7 @@ def store(rungs: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     }
     for name in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_EXPERIMENT_NAME"):
         environment.pop(name, None)
-    parameters = [f"only={','.join(rungs)}", "steps=2", "seed=3", "accuracy_prompts=2", "save_cache=true"]
-    parameters.append(f"spool={folder / 'spool'}")
+    parameters = [f"only={','.join(rungs)}", "steps=2", "seed=3", f"spool={folder / 'spool'}", "save_cache=true"]
     done = subprocess.run(
         (
             *(sys.executable, "-m", "mlflow", "run", str(ROOT), "-e", "ladder", "--env-manager", "local"),
@@ -79,7 +78,7 @@ def test_every_rung_was_measured(frame: pd.DataFrame, rungs: list[str]) -> None:
     assert (frame["import_s"] > 0).all()
     assert (frame["load_s"] > 0).all()
     assert frame["image_repeats"].all()
-    assert (frame["prompt_count"] == 2).all()
+    assert (frame["prompt_count"] == 8).all()
     assert (frame["prompt_accuracy_low"] <= frame["prompt_accuracy"]).all()
 
 
@@ -157,6 +156,6 @@ def test_the_spool_has_the_seeds_files(store: tuple[Path, str], rungs: list[str]
         header = (folder / "result.csv").read_text().splitlines()[0]
         assert header.startswith("pipeline_cls,ckpt_id,bf16,sdpa,")
         assert (folder / "image.jpg").stat().st_size <= 200_000
-        assert len(json.loads((folder / "prompts.json").read_text())["painted"]) == 2
+        assert len(json.loads((folder / "prompts.json").read_text())["painted"]) == 8
         assert (folder / "prompts.jpg").is_file()
         assert (folder / "requirements.txt").read_text().count("==") > 50
